@@ -1,0 +1,21 @@
+"""aiopgsafe: PostgreSQL for asyncio and trio, with COMMITs that nothing can tear."""
+
+from psycopg import IsolationLevel, Notify, Rollback
+
+from ._connection import AsyncConnection
+from ._errors import CommitRolledBack, CommitUnknown
+from ._outcome import TransactionState
+from ._transaction import Transaction
+
+__all__ = [
+    "AsyncConnection",
+    "CommitRolledBack",
+    "CommitUnknown",
+    "IsolationLevel",
+    "Notify",
+    "Rollback",
+    "Transaction",
+    "TransactionState",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,127 @@
+"""The seam to the event loop: what the rest of the package needs of it, and no more.
+
+`current()` picks the backend of the running loop; asyncio (uvloop is asyncio to
+us) and trio are imported when first met. Nothing outside this folder imports
+either.
+
+A `Channel` is one connection's place in the event loop. It drives psycopg's
+generators, which yield the readiness they wait for (`psycopg.waiting.Wait`) and
+are sent the readiness that came (`psycopg.waiting.Ready`): 1 to read, 2 to
+write, 3 either.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .._shield import Expired, Job
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn
+
+__all__ = ["Backend", "Channel", "Expired", "Job", "Waiter", "current"]
+
+T = TypeVar("T")
+
+MAX_BUSY = 0.005
+"""Seconds for which one connection may keep the loop to itself while nothing blocks."""
+
+CONNECTION_BAD = 1
+"""`psycopg.pq.ConnStatus.BAD`."""
+
+
+class Channel(Job[Any], Protocol):
+    """One connection's place in the event loop: a job at a time, and a watch in between.
+
+    :param pgconn: the connected libpq connection.
+    :param on_idle_input: called when something arrives while nothing runs. It
+        takes the input and returns True, or False if the input belongs to a
+        statement in progress (a `stream()` between two rows), which will ask.
+    """
+
+    def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None: ...
+
+    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        """Begin to drive `gen`; `wait()` then gives its result."""
+
+    def extend(self, when: float) -> None:
+        """After `Expired`: let the same generator have until `when` instead."""
+
+    def abandon(self) -> None:
+        """Drive the current generator no further."""
+
+    def close(self, error: BaseException) -> None:
+        """Leave the event loop, before libpq closes the socket. Who waits gets `error`.
+
+        A closed descriptor that is still registered would give the events of
+        whatever gets the same number next.
+        """
+
+    def discard(self) -> None:
+        """Leave the event loop when the connection is garbage collected, in any thread."""
+
+    @property
+    def driving(self) -> bool:
+        """Whether a generator has been started and has not ended."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the channel has left the event loop, by `close()` or with a lost connection."""
+
+
+class Waiter(Job[None], Protocol):
+    """One task waits, one `wake()` ends it."""
+
+    def wake(self) -> None:
+        """End the waiting; before `wait()` too. From the loop's thread."""
+
+
+class Backend(Protocol):
+    """The running event loop."""
+
+    @property
+    def interruptions(self) -> tuple[type[BaseException], ...]:
+        """How this loop interrupts a task that waits."""
+
+    def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
+        """Bring a connection into the loop."""
+
+    def waiter(self) -> Waiter:
+        """A new one."""
+
+    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call `fn` in the loop's thread soon; safe in signal handlers and other threads."""
+
+    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
+
+        At its limit it is cancelled.
+        """
+
+    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
+        """Drive `gen`, which yields (descriptor, readiness): connecting and cancelling.
+
+        The descriptor may change from step to step, and is not watched between them.
+        """
+
+    def in_thread(self, fn: Callable[[], T]) -> Job[T]:
+        """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
+
+    async def checkpoint_if_cancelled(self) -> None:
+        """Raise a cancellation that is due now, where the loop can tell; do nothing else."""
+
+
+def current() -> Backend:
+    """The backend of the running event loop. RuntimeError outside one."""
+    # trio first: in its guest mode an asyncio loop runs as well.
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        from . import _trio
+
+        return _trio.backend()
+    from . import _asyncio
+
+    return _asyncio.backend()

@@ -1,0 +1,442 @@
+"""asyncio and uvloop: one persistent reader per connection.
+
+psycopg adds and removes a reader at every wait. Here the reader stays: it serves
+the statement that runs and, between statements, sees what the server says
+unasked. The generator is driven from the reader's callback, not from the task,
+so that the socket is drained before the loop polls it again, an answer in many
+packets wakes the task once, and what happens to the task (a cancellation) does
+not disturb the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Generator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Job
+from ._readiness import READ, WRITE, Readiness
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn
+
+T = TypeVar("T")
+
+
+class Waiter:
+    """A wait that outlives the cancellation of who waits, and has a limit."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._done = False
+        self._expired = False
+
+    def wake(self) -> None:
+        self._done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._poke()
+
+    async def wait(self) -> None:
+        while not self._done:
+            await self._park()
+
+    def limit(self, when: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= _loop_time(self._loop, when):
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(_loop_time(self._loop, when), self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._poke()
+
+    def _poke(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def _park(self) -> None:
+        """Until the next `_poke()`. asyncio cancels what a task awaits: a new future each time."""
+        if not self._expired:
+            self._future = self._loop.create_future()
+            await self._future
+        if self._expired and not self._done:
+            raise Expired
+
+
+class Channel:
+    """See `_backends.Channel`."""
+
+    __slots__ = (
+        "_error",
+        "_expired",
+        "_fd",
+        "_future",
+        "_gen",
+        "_last_yield",
+        "_limit",
+        "_loop",
+        "_on_idle_input",
+        "_pgconn",
+        "_readiness",
+        "_reading",
+        "_timer",
+        "_value",
+        "_writing",
+        "closed",
+    )
+
+    def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pgconn = pgconn
+        self._on_idle_input = on_idle_input
+        self._fd = pgconn.socket
+        self._gen: PQGen[Any] | None = None
+        self._future: asyncio.Future[Any] | None = None
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._limit: float | None = None
+        self._expired = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._readiness = Readiness(self._fd)
+        self._writing = False
+        self._last_yield = 0.0
+        self.closed = False
+        # Should somebody have closed a descriptor of this number behind its
+        # reader's back, its stale registration would be modified, not renewed,
+        # and this one never be polled.
+        self._loop.remove_reader(self._fd)
+        self._loop.add_reader(self._fd, self._on_readable)
+        self._reading = True
+
+    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        if self._gen is not None:
+            raise RuntimeError("the channel drives another generator")
+        self._future = self._loop.create_future()
+        self._gen = gen
+        self._limit = None
+        self._expired = False
+        if limit is not None:
+            self.limit(limit)
+        self._advance(None)
+
+    def wait(self) -> Awaitable[Any]:
+        future = self._future
+        if future is None or future.cancelled():
+            # The one before went with a cancellation; the generator has been
+            # driven on meanwhile and may have ended.
+            future = self._future = self._loop.create_future()
+            if self._gen is None:
+                self._settle(future)
+            elif self._expired:
+                future.set_exception(Expired())
+        return future
+
+    def limit(self, when: float) -> None:
+        if self._limit is not None and self._limit <= when:
+            return
+        self._limit = when
+        # The timer is not cancelled when a job ends in time, as nearly all do: it
+        # stays for the next job's limit and moves on when it fires. One timer in
+        # `commit_timeout` seconds instead of one a COMMIT.
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(_loop_time(self._loop, when), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._gen is None or self._limit is None:
+            return
+        if self._limit > monotonic():
+            when, self._limit = self._limit, None
+            self.limit(when)
+            return
+        # What has arrived counts, however late it is looked at.
+        if self._readiness(READ):
+            self._advance(READ)
+        if self._gen is not None:
+            self._expired = True
+            if self._future is not None and not self._future.done():
+                self._future.set_exception(Expired())
+
+    def extend(self, when: float) -> None:
+        self._expired = False
+        self._limit = None
+        self._future = None
+        self.limit(when)
+
+    def abandon(self) -> None:
+        self._gen = None
+        self._future = None
+
+    def close(self, error: BaseException) -> None:
+        self._leave()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._gen is not None:
+            self._end(None, error)
+
+    def discard(self) -> None:
+        """Leave the loop from wherever the connection is collected, another thread included."""
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = not self._loop.is_running()
+        if here:
+            self._leave()
+        else:
+            # The handle keeps libpq's connection, and the descriptor, until then.
+            self._loop.call_soon_threadsafe(self._leave)
+
+    @property
+    def driving(self) -> bool:
+        return self._gen is not None
+
+    def _leave(self) -> None:
+        if not self.closed:
+            self.closed = True
+            if not self._loop.is_closed():
+                if self._reading:
+                    self._loop.remove_reader(self._fd)
+                if self._writing:
+                    self._loop.remove_writer(self._fd)
+            self._reading = self._writing = False
+
+    # In the loop's callbacks
+
+    def _on_readable(self) -> None:
+        self._last_yield = 0.0
+        if self._gen is not None:
+            self._advance(READ)
+            return
+        if not self._on_idle_input():
+            # For a statement that is in progress but doesn't wait just now: the
+            # kernel keeps it. Left registered, the loop would spin on it.
+            self._loop.remove_reader(self._fd)
+            self._reading = False
+        elif self._pgconn.status == CONNECTION_BAD:
+            self._leave()
+
+    def _on_writable(self) -> None:
+        self._loop.remove_writer(self._fd)
+        self._writing = False
+        if self._gen is not None:
+            self._advance(self._readiness(READ | WRITE))
+
+    def _advance(self, ready: int | None) -> None:
+        """Drive the generator until it waits for something that isn't there yet."""
+        gen = self._gen
+        assert gen is not None
+        try:
+            want: int = gen.send(ready)  # type: ignore[arg-type]
+            while want & WRITE:
+                # Nearly always writable, and a poll is much cheaper than a cycle
+                # of the loop, which pipelines and COPY would pay at every step.
+                if self._busy_too_long() or not (ready := self._readiness(want)):
+                    if not self._writing:
+                        self._loop.add_writer(self._fd, self._on_writable)
+                        self._writing = True
+                    break
+                want = gen.send(ready)
+            if not self._reading:
+                self._watch()
+        except StopIteration as stop:
+            self._end(stop.value, None)
+        except BaseException as exc:
+            self._end(None, exc)
+
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        self._gen = None
+        self._value, self._error = value, error
+        if not self.closed:
+            if self._pgconn.status == CONNECTION_BAD:
+                # libpq has just closed the socket: out of the loop before anything
+                # else runs that may get a descriptor of the same number.
+                self._leave()
+            elif not self._reading:
+                self._watch()
+        future = self._future
+        if future is not None and not future.done():
+            if error is None and self._busy_too_long():
+                # A COPY of many small rows never waits: let the others run.
+                self._last_yield = 0.0
+                self._loop.call_soon(self._settle, future)
+            else:
+                self._settle(future)
+
+    def _settle(self, future: asyncio.Future[Any]) -> None:
+        if not future.done():
+            if self._error is not None:
+                future.set_exception(self._error)
+            else:
+                future.set_result(self._value)
+
+    def _watch(self) -> None:
+        if not self.closed:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._reading = True
+
+    def _busy_too_long(self) -> bool:
+        now = monotonic()
+        if not self._last_yield:
+            self._last_yield = now
+        return now - self._last_yield > MAX_BUSY
+
+
+class _Connecting(Waiter, Generic[T]):
+    def __init__(self, gen: Generator[tuple[int, int], int, T]) -> None:
+        super().__init__()
+        self._gen = gen
+        self._step: tuple[int, int] | None = None
+        self._ready = 0
+
+    async def wait(self) -> T:  # type: ignore[override]  # a Waiter with a result
+        try:
+            if self._step is None:
+                self._step = next(self._gen)
+            while True:
+                await self._wait_ready(*self._step)
+                ready, self._ready = self._ready, 0
+                self._step = self._gen.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        finally:
+            if self._timer is not None and self._step is None:
+                self._timer.cancel()
+
+    async def _wait_ready(self, fd: int, want: int) -> None:
+        """Out of the loop at every exit: libpq may close the descriptor at the next step."""
+        if want & READ:
+            self._loop.add_reader(fd, self._on_ready, READ)
+        if want & WRITE:
+            self._loop.add_writer(fd, self._on_ready, WRITE)
+        try:
+            while not self._ready:
+                await self._park()
+        finally:
+            if want & READ:
+                self._loop.remove_reader(fd)
+            if want & WRITE:
+                self._loop.remove_writer(fd)
+
+    def _on_ready(self, ready: int) -> None:
+        self._ready |= ready
+        self._poke()
+
+
+class _Task(Generic[T]):
+    """A coroutine in a task that nobody but us knows of."""
+
+    def __init__(self, awaitable: Awaitable[T]) -> None:
+        loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[tuple[T | None, BaseException | None]] = asyncio.Task(
+            _outcome(awaitable), loop=loop, context=contextvars.copy_context()
+        )
+        # asyncio.run's teardown cancels all_tasks(): not this one. Documented for
+        # those who write task implementations ("Extending asyncio").
+        asyncio.tasks._unregister_task(self._task)
+        self._waiter = Waiter()
+        self._task.add_done_callback(lambda _: self._waiter.wake())
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    async def wait(self) -> T:
+        await self._waiter.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+        value, error = self._task.result()
+        if error is not None:
+            if self._expired and isinstance(error, asyncio.CancelledError):
+                raise Expired from None
+            raise error
+        return value  # type: ignore[return-value]
+
+    def limit(self, when: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        loop = self._task.get_loop()
+        self._timer = loop.call_at(_loop_time(loop, when), self._cancel)
+
+    def _cancel(self) -> None:
+        self._expired = True
+        self._task.cancel()
+
+
+async def _outcome(awaitable: Awaitable[T]) -> tuple[T | None, BaseException | None]:
+    """A task that raises SystemExit or KeyboardInterrupt takes the loop down with it: ours not."""
+    try:
+        return await awaitable, None
+    except BaseException as exc:
+        return None, exc
+
+
+class _Thread(Generic[T]):
+    def __init__(self, fn: Callable[[], T]) -> None:
+        self._waiter = Waiter()
+        self._future = asyncio.get_running_loop().run_in_executor(None, fn)
+        self._future.add_done_callback(lambda _: self._waiter.wake())
+
+    async def wait(self) -> T:
+        await self._waiter.wait()
+        return self._future.result()
+
+    def limit(self, when: float) -> None:
+        self._waiter.limit(when)
+
+
+class Backend:
+    """See `_backends.Backend`; one for each loop."""
+
+    interruptions = (asyncio.CancelledError,)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._run_sync_soon = loop.call_soon_threadsafe
+
+    def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
+        return Channel(pgconn, on_idle_input)
+
+    def waiter(self) -> Waiter:
+        return Waiter()
+
+    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        self._run_sync_soon(fn, *args)
+
+    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        return _Task(fn())
+
+    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
+        return _Connecting(gen)
+
+    def in_thread(self, fn: Callable[[], T]) -> Job[T]:
+        return _Thread(fn)
+
+    async def checkpoint_if_cancelled(self) -> None:
+        """asyncio delivers a cancellation at the next real wait, and can't be asked before."""
+
+
+def _loop_time(loop: asyncio.AbstractEventLoop, when: float) -> float:
+    # uvloop's clock stands still within a cycle: not the same as monotonic().
+    return loop.time() + max(0.0, when - monotonic())
+
+
+_backends: WeakKeyDictionary[asyncio.AbstractEventLoop, Backend] = WeakKeyDictionary()
+
+
+def backend() -> Backend:
+    loop = asyncio.get_running_loop()
+    found = _backends.get(loop)
+    if found is None:
+        found = _backends[loop] = Backend(loop)
+    return found

@@ -1,0 +1,468 @@
+"""The drop-in for `psycopg.AsyncConnection`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import deque
+from collections.abc import AsyncGenerator
+from functools import partial
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from weakref import ref
+
+import psycopg
+from psycopg import IsolationLevel, Notify, errors, generators, pq
+from psycopg._capabilities import capabilities
+from psycopg._conninfo_utils import gssapi_requested
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import make_conninfo, timeout_from_conninfo
+from psycopg.rows import AsyncRowFactory, Row, tuple_row
+
+from .. import _backends
+from .._backends import Expired
+from .._backends._lock import Lock
+from .._ending import Section, Unit, commit, rollback
+from .._outcome import TransactionState
+from .._shield import Shield
+from .._transaction import Transaction
+from ._connecting import attempts, check_timeout, connect_error
+from ._generators import EndingGenerators, begin_command
+from ._messages import on_notice, on_notify, take_idle_input
+from ._statements import ending_statement
+
+if TYPE_CHECKING:
+    from psycopg import Xid
+    from psycopg.abc import AdaptContext, ConnParam, PQGen
+    from psycopg.pq.abc import PGconn
+
+logger = logging.getLogger("aiopgsafe")
+
+RV = TypeVar("RV")
+
+BAD = pq.ConnStatus.BAD
+ACTIVE = pq.TransactionStatus.ACTIVE
+COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
+
+FIRST_PAUSE = 0.05
+"""Seconds to wait for a cancelled statement to end before cancelling again; doubled each time.
+
+A cancel request comes on a connection of its own and may overtake the statement:
+the server then finds nothing to cancel and the statement runs on.
+"""
+
+
+class AsyncConnection(EndingGenerators[Row]):
+    """A connection to the server: `psycopg.AsyncConnection` for asyncio, uvloop and trio.
+
+    The same methods with the same meanings, and these promises more: a COMMIT
+    that has been sent is waited for whatever interrupts the task, its outcome is
+    what the server said, and an interrupted statement is cancelled on the server
+    and leaves the connection usable.
+
+    :param commit_timeout: seconds that the server has to answer COMMIT, ROLLBACK
+        or BEGIN; after that the connection is closed.
+    :param cancel_timeout: seconds that it has to end a cancelled statement.
+    """
+
+    __module__ = "aiopgsafe"
+
+    lock: Lock  # type: ignore[assignment]  # psycopg's is asyncio's, and knows its owner
+
+    commit_timeout: float = 30.0
+    cancel_timeout: float = 5.0
+
+    def __init__(
+        self,
+        pgconn: PGconn,
+        row_factory: AsyncRowFactory[Row] = cast("AsyncRowFactory[Row]", tuple_row),  # noqa: B008
+    ) -> None:
+        super().__init__(pgconn, row_factory)
+        self._backend = _backends.current()
+        self.lock = Lock(self._backend.waiter)
+        # Neither the channel nor libpq's handlers refer to the connection: it
+        # stays collectable while the event loop knows its channel.
+        self._channel = self._backend.channel(pgconn, partial(take_idle_input, pgconn))
+        wself = cast("Any", ref(self))
+        pgconn.notice_handler = partial(on_notice, wself)
+        pgconn.notify_handler = partial(on_notify, wself)
+        self._blocks: list[Transaction[Any]] = []
+        self._unit: Unit | None = None
+        self._fatal: psycopg.Error | None = None
+        self._notifies_listening: deque[Notify] | None = None
+
+    # Connecting
+
+    @classmethod
+    async def connect(  # type: ignore[override]  # two more keywords, of our own
+        cls,
+        conninfo: str = "",
+        *,
+        autocommit: bool = False,
+        prepare_threshold: int | None = 5,
+        context: AdaptContext | None = None,
+        row_factory: AsyncRowFactory[Row] | None = None,
+        cursor_factory: type[psycopg.AsyncCursor[Row]] | None = None,
+        commit_timeout: float = 30.0,
+        cancel_timeout: float = 5.0,
+        **kwargs: ConnParam,
+    ) -> Self:
+        """Connect to the server, as `psycopg.AsyncConnection.connect()` does.
+
+        Host names are resolved in a thread; hosts and addresses are tried one
+        after the other, each for ``connect_timeout`` seconds.
+
+        :param commit_timeout: see the class; seconds, positive and finite.
+        :param cancel_timeout: see the class; seconds, positive and finite.
+
+        Raises `ValueError` or `TypeError` for a bad timeout,
+        `psycopg.ProgrammingError` for a bad connection string, and
+        `psycopg.OperationalError` if no host could be connected to
+        (`ConnectionTimeout`: none in time).
+        """
+        check_timeout("commit_timeout", commit_timeout)
+        check_timeout("cancel_timeout", cancel_timeout)
+        params = await cls._get_connection_params(conninfo, **kwargs)
+        timeout = timeout_from_conninfo(params)
+        backend = _backends.current()
+        failures: list[tuple[psycopg.Error, str]] = []
+        for attempt in await attempts(backend, params):
+            where = ", ".join(f"{k}: {attempt.get(k)!r}" for k in ("host", "port", "hostaddr"))
+            gen = cls._connect_gen(make_conninfo("", **attempt))
+            job = backend.connecting(cast("Any", gen))
+            job.limit(monotonic() + timeout)
+            try:
+                conn: Self = await job.wait()
+                break
+            except Expired:
+                failures.append((errors.ConnectionTimeout("connection timeout expired"), where))
+            except psycopg.Error as exc:
+                failures.append((exc, where))
+            finally:
+                # Interrupted: a half-open socket goes now, not with some traceback.
+                gen.close()
+        else:
+            raise connect_error(failures)
+
+        if conn.pgconn.used_gssapi and not gssapi_requested(params):
+            warnings.warn(
+                "the connection uses GSSAPI because of libpq's default 'gssencmode=prefer';"
+                " set 'gssencmode' or PGGSSENCMODE to 'prefer' or 'require' to rely on it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        conn.commit_timeout = commit_timeout
+        conn.cancel_timeout = cancel_timeout
+        conn._autocommit = bool(autocommit)
+        if row_factory:
+            conn.row_factory = row_factory
+        if cursor_factory:
+            conn.cursor_factory = cursor_factory
+        if context:
+            conn._adapters = AdaptersMap(context.adapters)
+        conn.prepare_threshold = prepare_threshold
+        return conn
+
+    # Waiting
+
+    async def wait(self, gen: PQGen[RV], interval: float = 0.0, timeout: float | None = None) -> RV:
+        """Drive a generator that operates on the connection to its end.
+
+        Interrupted, it cancels the statement on the server, takes what the server
+        still says, and only then lets the interruption through.
+
+        :param interval: for compatibility; nothing is polled here.
+        :param timeout: seconds after which psycopg's ``_WaitTimeout`` is raised.
+        """
+        channel = self._channel
+        if channel.closed:
+            self._check_connection_ok()
+        channel.start(gen, None if timeout is None else monotonic() + timeout)
+        try:
+            return cast("RV", await channel.wait())
+        except Expired:
+            channel.abandon()
+            raise errors._WaitTimeout("wait timeout expired") from None
+        except BaseException as exc:
+            # A cancellation, or the exception of a signal handler.
+            if isinstance(exc, (Exception, GeneratorExit)):
+                raise
+            await self._stop_statement(exc, gen)
+            raise
+
+    async def _stop_statement(self, interruption: BaseException, gen: PQGen[Any]) -> None:
+        """Leave nothing of an interrupted statement: on the server, in libpq, in `gen`.
+
+        The generator is driven to its end, so that psycopg's own state (prepared
+        statements, results) stays true. The cancel request has been dealt with by
+        the server before the result counts: a late one would hit the next
+        statement.
+        """
+        shield = Shield(self._backend)
+        shield.hold_back(interruption)
+        if (cursor := ending_statement(gen)) is not None:
+            # The user's own COMMIT: cancelling it could separate what the server
+            # decides from what it says.
+            await self._finish_ending(shield, interruption, cursor)
+            return
+        deadline = monotonic() + self.cancel_timeout
+        pause = FIRST_PAUSE
+        try:
+            while self._in_progress():
+                await self._send_cancel(shield, deadline)
+                self._channel.extend(min(monotonic() + pause, deadline))
+                try:
+                    await shield.hold(self._channel)
+                except Expired:
+                    pause *= 2
+                    if monotonic() >= deadline:
+                        raise
+                except psycopg.Error as exc:
+                    logger.debug("interrupted statement on %s: %s", self, exc)
+        except Expired:
+            self._drop(f"a cancelled statement did not end within {self.cancel_timeout:g} seconds")
+
+    async def _finish_ending(
+        self, shield: Shield, interruption: BaseException, cursor: psycopg.AsyncCursor[Any]
+    ) -> None:
+        self._channel.extend(monotonic() + self.commit_timeout)
+        try:
+            await shield.hold(self._channel)
+            said = cursor.statusmessage
+        except Expired:
+            said = f"nothing within {self.commit_timeout:g} seconds"
+            self._drop("no answer to COMMIT")
+        except psycopg.Error as exc:
+            said = str(exc)
+        interruption.add_note(f"aiopgsafe: the statement was waited for, the server said: {said}")
+
+    def _in_progress(self) -> bool:
+        """Whether something of a statement is still to come. Starts to take it if nobody does."""
+        if self.closed:
+            return False
+        if self._channel.driving:
+            return True
+        # Its generator is gone (a KeyboardInterrupt hit it) or wanted one row
+        # only (stream()). COPY and pipelines have endings of their own.
+        if self._pipeline is None and self.pgconn.transaction_status == ACTIVE:
+            self._channel.start(self._drain_gen())
+            return self._channel.driving
+        return False
+
+    def _drain_gen(self) -> PQGen[None]:
+        while (result := (yield from generators.fetch(self.pgconn))) is not None:
+            if result.status in COPYING:
+                return
+
+    async def _send_cancel(self, shield: Shield, deadline: float) -> None:
+        """Have the server take a cancel request, or fail to: both are for the caller's loop."""
+        job = self._cancel_job()
+        job.limit(deadline)
+        try:
+            await shield.hold(job)
+        except psycopg.Error as exc:
+            logger.warning("query cancellation failed: %s", exc)
+
+    def _cancel_job(self) -> _backends.Job[None]:
+        if capabilities.has_cancel_safe():
+            return self._backend.connecting(cast("Any", self._cancel_gen()))
+        return self._backend.in_thread(self.pgconn.get_cancel().cancel)
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        """Ask the server to cancel what runs on the connection.
+
+        :param timeout: seconds, 0 for no limit, until `CancellationTimeout` is raised.
+        """
+        if not self._should_cancel():
+            return
+        job = self._cancel_job()
+        if timeout:
+            job.limit(monotonic() + timeout)
+        try:
+            await job.wait()
+        except Expired:
+            raise errors.CancellationTimeout("cancellation timeout expired") from None
+
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        # psycopg calls it on its way out of COPY and stream(): cleaning up is shielded.
+        try:
+            await self._send_cancel(Shield(self._backend), monotonic() + timeout)
+        except Expired:
+            logger.warning("query cancellation failed: no answer within %g seconds", timeout)
+
+    # Ending transactions
+
+    async def commit(self) -> None:
+        """Commit the current transaction; nothing happens if there is none.
+
+        Once COMMIT has been sent, cancellations and signals wait until its outcome
+        is known, and carry a note that says it.
+
+        Raises `CommitRolledBack`, `CommitUnknown`, or the server's error.
+        """
+        unit = self._unit or Unit(TransactionState.ACTIVE)
+        try:
+            await commit(self, unit, self._commit_unit_gen(unit))
+        finally:
+            self._settled(unit)
+
+    async def rollback(self) -> None:
+        """Roll back the current transaction; nothing happens if there is none. Shielded."""
+        unit = self._unit
+        try:
+            await rollback(self, unit, self._rollback_gen())
+        finally:
+            self._settled(unit)
+
+    async def tpc_commit(self, xid: Xid | str | None = None) -> None:
+        """Commit a two-phase transaction, prepared or not. Shielded as `commit()`."""
+        unit = self._unit or Unit(TransactionState.ACTIVE)
+        try:
+            await commit(self, unit, self._tpc_commit_gen(unit, xid))
+        finally:
+            self._settled(unit)
+
+    async def tpc_rollback(self, xid: Xid | str | None = None) -> None:
+        """Roll back a two-phase transaction, prepared or not. Shielded."""
+        unit = self._unit
+        try:
+            await rollback(self, unit, self._tpc_finish_gen("ROLLBACK", xid))
+        finally:
+            self._settled(unit)
+
+    def _settled(self, unit: Unit | None) -> None:
+        if unit is not None and unit.state is not TransactionState.ACTIVE:
+            self._unit = None
+
+    def transaction(  # type: ignore[override]  # psycopg's is a generator around a block
+        self,
+        savepoint_name: str | None = None,
+        force_rollback: bool = False,
+        *,
+        isolation_level: IsolationLevel | int | None = None,
+        read_only: bool | None = None,
+        deferrable: bool | None = None,
+    ) -> Transaction[Row]:
+        """A transaction block, or a savepoint inside one. ``async with`` it.
+
+        :param savepoint_name: name of the savepoint; chosen if not given.
+        :param force_rollback: roll back at the end in any case.
+        :param isolation_level: of the outermost block, in its BEGIN; so are
+        :param read_only: and
+        :param deferrable: ; None: as the connection's attributes say.
+
+        Raises `ValueError` for an unknown isolation level; entering raises
+        `psycopg.ProgrammingError` if they are given for a savepoint.
+        """
+        begin = None
+        if (isolation_level, read_only, deferrable) != (None, None, None):
+            level = self.isolation_level if isolation_level is None else isolation_level
+            begin = begin_command(
+                None if level is None else IsolationLevel(level),
+                self.read_only if read_only is None else read_only,
+                self.deferrable if deferrable is None else deferrable,
+            )
+        return Transaction(self, savepoint_name, force_rollback, begin=begin)
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        if self.closed:
+            await self._settle_at_close()
+            return
+        try:
+            if exc_val is not None:
+                # Problems of a rollback must not hide the exception that goes through.
+                try:
+                    await self.rollback()
+                except Exception as exc:
+                    logger.warning("error ignored in rollback on %s: %s", self, exc)
+            else:
+                await self.commit()
+        finally:
+            # Unlike psycopg also when COMMIT failed or the task was interrupted:
+            # nobody else will. Connections of a pool stay open.
+            if not getattr(self, "_pool", None):
+                await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. What runs on it ends with an `OperationalError`.
+
+        A transaction in progress is rolled back by the server.
+        """
+        if not self.closed:
+            pool = getattr(self, "_pool", None)
+            if pool and getattr(pool, "close_returns", False):
+                await pool.putconn(self)
+                return
+            self._closed = True
+            self._channel.close(psycopg.OperationalError("the connection is closed"))
+            self.pgconn.finish()
+        await self._settle_at_close()
+
+    async def _settle_at_close(self) -> None:
+        unit, self._unit = self._unit, None
+        if unit is not None and unit.state is TransactionState.ACTIVE:
+            async with Section(self) as section:
+                unit.advance(TransactionState.ROLLED_BACK)
+                section.outcome = unit.state.value
+                section.callbacks = unit.take()
+
+    def _drop(self, reason: str) -> None:
+        logger.warning("closing %s: %s", self, reason)
+        self._channel.close(psycopg.OperationalError(f"the connection is closed: {reason}"))
+        self.pgconn.finish()
+
+    def __del__(self) -> None:  # type: ignore[override]
+        channel = getattr(self, "_channel", None)
+        if channel is not None and not channel.closed:
+            channel.discard()
+        super().__del__()
+
+    # Being told
+
+    def _check_connection_ok(self) -> None:
+        if self._fatal is not None and self.pgconn.status == BAD:
+            # What the server said when it ended the session, idle: psycopg's
+            # users get it (AdminShutdown, ...) with the next statement.
+            fatal, self._fatal = self._fatal, None
+            raise fatal
+        super()._check_connection_ok()
+
+    async def notifies(
+        self, *, timeout: float | None = None, stop_after: int | None = None
+    ) -> AsyncGenerator[Notify]:
+        """Yield notifications as they arrive, as `psycopg.AsyncConnection.notifies()` does.
+
+        :param timeout: seconds for which to wait; None: no limit.
+        :param stop_after: stop after so many; more that came together are kept.
+        """
+        deadline = monotonic() + timeout if timeout is not None else None
+        received = 0
+        async with self.lock:
+            # Between two rounds the consumer has the loop and the channel watches
+            # the socket: what it takes goes here too (`_on_notify`).
+            queue = self._notifies_listening = self._notifies_backlog or deque()
+            self._notifies_backlog = deque()
+            try:
+                while stop_after is None or received < stop_after:
+                    if not queue:
+                        remaining = None if deadline is None else max(0.0, deadline - monotonic())
+                        try:
+                            await self.wait(generators.notifies(self.pgconn), timeout=remaining)
+                        except errors._WaitTimeout:
+                            break
+                        except errors._NO_TRACEBACK as exc:
+                            raise exc.with_traceback(None)  # noqa: B904
+                    while queue:
+                        received += 1
+                        yield queue.popleft()
+                    if deadline is not None and monotonic() > deadline:
+                        break
+            finally:
+                self._notifies_listening = None
+                self._notifies_backlog = queue

@@ -1,0 +1,171 @@
+"""The protocol side of ending transactions: psycopg's generators, with the answers believed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import psycopg
+from psycopg import IsolationLevel, errors, pq
+from psycopg.rows import Row
+
+from .._errors import CommitUnknown
+from .._outcome import TransactionState, check_tag
+
+if TYPE_CHECKING:
+    from psycopg import Xid
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn, PGresult
+
+    from .._ending import Unit
+    from .._transaction import Transaction
+
+logger = logging.getLogger("aiopgsafe")
+
+IDLE = pq.TransactionStatus.IDLE
+INTRANS = pq.TransactionStatus.INTRANS
+INERROR = pq.TransactionStatus.INERROR
+
+
+class EndingGenerators(psycopg.AsyncConnection[Row]):
+    """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
+
+    _blocks: list[Transaction[Any]]
+
+    def _set_blocks(self, blocks: list[Transaction[Any]]) -> None:
+        self._blocks = blocks
+        # psycopg refuses commit(), set_autocommit() ... inside a block by this count.
+        self._num_transactions = len(blocks)
+
+    def _begin_command(self) -> bytes:
+        return self._get_tx_start_command()
+
+    def _sync_gen(self) -> PQGen[None]:
+        self._check_connection_ok()
+        if self._pipeline:
+            yield from self._pipeline._sync_gen()
+
+    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        result: PGresult | None = None
+        for command in commands:
+            if self._pipeline:
+                result = yield from self._pipelined_gen(command)
+            else:
+                result = yield from self._exec_command(command)
+        assert result is not None
+        return result
+
+    def _pipelined_gen(self, command: bytes) -> PQGen[PGresult]:
+        """Send a command in pipeline mode and have its result at once.
+
+        psycopg checks the results of its own commands and drops them. Ours goes
+        through the queue in the place of a cursor that keeps it. An error of an
+        earlier statement of the pipeline aborts everything up to the next Sync:
+        it has been raised where its Sync was awaited, or is raised here.
+        """
+        pipeline = self._pipeline
+        assert pipeline is not None
+        while pipeline.result_queue or pipeline.command_queue:
+            try:
+                yield from pipeline._sync_gen()
+            except psycopg.Error as exc:
+                logger.debug("earlier error in pipeline on %s: %s", self, exc)
+        kept = _KeptResult(self.pgconn)
+        pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
+        pipeline.result_queue.append(cast("Any", (kept, None)))
+        yield from pipeline._sync_gen()
+        assert kept.result is not None
+        return kept.result
+
+    def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
+        # From here on only the server knows.
+        unit.advance(TransactionState.COMMITTING)
+        result = yield from self._commands_gen([b"COMMIT"])
+        if result.command_status == b"ROLLBACK":
+            # Prepared statements may refer to what was created in the transaction.
+            yield from self._forget_prepared_gen()
+        check_tag(result.command_status)
+        return True
+
+    def _commit_unit_gen(self, unit: Unit) -> PQGen[bool]:
+        """For `commit()`, with psycopg's guards."""
+        if self._num_transactions:
+            raise psycopg.ProgrammingError(
+                "Explicit commit() forbidden within a Transaction context."
+                " (Transaction will be automatically committed on successful exit from context.)"
+            )
+        if self._tpc:
+            raise psycopg.ProgrammingError("commit() cannot be used during a two-phase transaction")
+        yield from self._sync_gen()
+        if self.pgconn.transaction_status == IDLE:
+            return False
+        self._check_not_active()
+        return (yield from self._send_commit_gen(unit))
+
+    def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
+        """For the end of the outermost block."""
+        yield from self._sync_gen()
+        if self.pgconn.transaction_status == IDLE:
+            unit.advance(TransactionState.COMMITTING)
+            raise CommitUnknown(
+                "a statement inside the block ended its transaction (COMMIT or ROLLBACK):"
+                " the block can't know which"
+            )
+        self._check_not_active()
+        return (yield from self._send_commit_gen(unit))
+
+    def _tpc_commit_gen(self, unit: Unit, xid: Xid | str | None) -> PQGen[bool]:
+        if self._tpc and xid is None and not self._tpc[1]:
+            self._check_connection_ok()
+            self._tpc = None
+            return (yield from self._send_commit_gen(unit))
+        if (xid is None) == (self._tpc is None):  # psycopg refuses before it sends
+            yield from self._tpc_finish_gen("COMMIT", xid)
+        self._check_connection_ok()
+        unit.advance(TransactionState.COMMITTING)
+        yield from self._tpc_finish_gen("COMMIT", xid)
+        return True
+
+    def _check_not_active(self) -> None:
+        if self.pgconn.transaction_status not in (INTRANS, INERROR):
+            raise psycopg.OperationalError(
+                "the transaction can't be committed: another statement is in progress"
+                " on the connection (a stream() or copy() that was not finished?)"
+            )
+
+    def _forget_prepared_gen(self) -> PQGen[None]:
+        self._prepared.clear()
+        yield from self._prepared.maintain_gen(self)
+
+
+class _KeptResult:
+    """Stands in a pipeline's queue for a cursor: keeps the result instead of showing it."""
+
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+        self.result: PGresult | None = None
+
+    def _check_results(self, results: Sequence[PGresult]) -> None:
+        (result,) = results
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            raise errors.error_from_result(result, encoding=self._pgconn._encoding)
+        if result.status == pq.ExecStatus.PIPELINE_ABORTED:
+            raise errors.PipelineAborted("pipeline aborted")
+
+    def _set_results(self, results: Sequence[PGresult]) -> None:
+        self.result = results[0]
+
+
+def begin_command(
+    level: IsolationLevel | None, read_only: bool | None, deferrable: bool | None
+) -> bytes:
+    parts = ["BEGIN"]
+    if level is not None:
+        parts.append("ISOLATION LEVEL " + level.name.replace("_", " "))
+    if read_only is not None:
+        parts.append("READ ONLY" if read_only else "READ WRITE")
+    if deferrable is not None:
+        parts.append("DEFERRABLE" if deferrable else "NOT DEFERRABLE")
+    return " ".join(parts).encode()

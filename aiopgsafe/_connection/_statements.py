@@ -1,0 +1,39 @@
+"""Which statement is in flight, when it matters."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+import psycopg
+from psycopg import sql
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen, Query
+
+_ENDS_TRANSACTION = re.compile(
+    rb"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def ending_statement(gen: PQGen[Any]) -> psycopg.AsyncCursor[Any] | None:
+    """The cursor if `gen` executes a statement that ends a transaction, as text of the user's.
+
+    Looked for in the generator's own frame: it has to work with any cursor class,
+    and cost nothing where nobody interrupts.
+    """
+    frame = getattr(gen, "gi_frame", None)
+    if frame is None or frame.f_code.co_name != "_execute_gen":
+        return None
+    cursor = cast("psycopg.AsyncCursor[Any]", frame.f_locals["self"])
+    query: Query = frame.f_locals["query"]
+    if isinstance(query, str):
+        text = query.encode()
+    elif isinstance(query, bytes):
+        text = query
+    elif isinstance(query, sql.Composable):
+        text = query.as_bytes(cursor)
+    else:
+        return None
+    return cursor if _ENDS_TRANSACTION.match(text) else None

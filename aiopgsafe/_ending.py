@@ -1,0 +1,331 @@
+"""The section in which a transaction ends: nothing gets between the server and the program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+
+import psycopg
+
+from ._backends import Backend, Channel, Expired
+from ._backends._lock import Lock
+from ._outcome import TransactionState, Verdict, unknown, verdict_of_error
+from ._shield import GATE, Shield
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
+__all__ = [
+    "Callback",
+    "Section",
+    "Session",
+    "Unit",
+    "commit",
+    "no_answer",
+    "roll_back",
+    "rollback",
+    "run",
+]
+
+logger = logging.getLogger("aiopgsafe")
+
+T = TypeVar("T")
+
+PENDING = TransactionState.PENDING
+ACTIVE = TransactionState.ACTIVE
+COMMITTING = TransactionState.COMMITTING
+COMMITTED = TransactionState.COMMITTED
+ROLLED_BACK = TransactionState.ROLLED_BACK
+UNKNOWN = TransactionState.UNKNOWN
+
+TRANSITIONS: dict[TransactionState, frozenset[TransactionState]] = {
+    # ROLLED_BACK: BEGIN failed, or was undone.
+    PENDING: frozenset({ACTIVE, ROLLED_BACK}),
+    # UNKNOWN: a statement inside the block was COMMIT or ROLLBACK itself.
+    ACTIVE: frozenset({COMMITTING, ROLLED_BACK, UNKNOWN}),
+    COMMITTING: frozenset({COMMITTED, ROLLED_BACK, UNKNOWN}),
+    COMMITTED: frozenset(),
+    ROLLED_BACK: frozenset(),
+    UNKNOWN: frozenset(),
+}
+"""The states that may follow each state. There is no way back."""
+
+
+class Session(Protocol):
+    """What a transaction needs of its connection (`_connection.AsyncConnection`)."""
+
+    lock: Lock
+    commit_timeout: float
+    cancel_timeout: float
+    _backend: Backend
+    _channel: Channel
+    _blocks: list[Any]
+    _unit: Unit | None
+
+    @property
+    def closed(self) -> bool: ...
+
+    def _sync_gen(self) -> PQGen[None]:
+        """Have the results of all that a pipeline has sent, so that the status is true."""
+
+    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        """Send `commands` one by one, in or out of a pipeline; the last one's result."""
+
+    def _begin_command(self) -> bytes:
+        """BEGIN as the connection's own attributes want it."""
+
+    def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
+        """COMMIT of a block; see `commit()`."""
+
+    def _forget_prepared_gen(self) -> PQGen[None]:
+        """After a rollback: prepared statements may refer to what is gone."""
+
+    def _set_blocks(self, blocks: list[Any]) -> None: ...
+
+    def _drop(self, reason: str) -> None:
+        """Close the connection at once: the state of its session can't be known."""
+
+
+@dataclass(slots=True)
+class Callback:
+    owner: object
+    when: TransactionState
+    fn: Callable[[], object]
+
+
+class Unit:
+    """One transaction of the server: what a COMMIT decides about.
+
+    The outermost block has one and its savepoints share it. Savepoints inside a
+    transaction that no block began (psycopg's implicit BEGIN) share one that
+    belongs to the connection and is settled by its `commit()` or `rollback()`.
+    """
+
+    __slots__ = ("callbacks", "state")
+
+    def __init__(self, state: TransactionState = PENDING) -> None:
+        self.state = state
+        self.callbacks: list[Callback] = []
+
+    def advance(self, state: TransactionState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"a transaction went from {self.state} to {state}")
+        self.state = state
+
+    def take(self, savepoint: object = None) -> list[Callback]:
+        """The callbacks that are to run now; those that never will are dropped with them.
+
+        :param savepoint: one that was rolled back: only its own; None: all, by
+            what became of the transaction.
+        """
+        taken, self.callbacks = self.callbacks, []
+        if savepoint is None:
+            return [cb for cb in taken if cb.when is self.state]
+        self.callbacks = [cb for cb in taken if cb.owner is not savepoint]
+        return [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
+
+
+async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
+    """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``."""
+    channel = session._channel
+    channel.start(gen, monotonic() + session.commit_timeout)
+    return cast("T", await shield.hold(channel))
+
+
+async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes]) -> None:
+    """Undo on the server, or let the connection go: either way nothing stays.
+
+    ROLLBACK fails only where the session is gone, and its transaction with it.
+    """
+    if session.closed:
+        return
+    try:
+        await run(session, shield, session._commands_gen(commands))
+        await run(session, shield, session._forget_prepared_gen())
+    except Expired:
+        session._drop("no answer to ROLLBACK")
+    except psycopg.Error as exc:
+        logger.warning("error ignored in rollback on %s: %s", session, exc)
+
+
+class Section:
+    """``async with`` it to end a transaction: nothing gets in between.
+
+    It holds the connection's lock and keeps signals and cancellations out, until
+    the outcome is known and the callbacks have run. The body says what became of
+    the transaction (`error`, `outcome`, `callbacks`); leaving lets through what
+    was held back.
+
+    :param committing: COMMIT will be sent. Until then an interruption is let
+        through at once, and the section doesn't begin.
+    """
+
+    def __init__(self, session: Session, *, committing: bool = False) -> None:
+        # ROLLBACK takes no time: a server that keeps an interrupted task waiting
+        # for it doesn't answer. A COMMIT has all of its limit.
+        grace = None if committing else session.cancel_timeout
+        self.shield = Shield(session._backend, grace=grace)
+        self.error: Exception | None = None
+        self.outcome = ""
+        self.callbacks: list[Callback] = []
+        self.going_through: BaseException | None = None
+        self._session = session
+        self._committing = committing
+
+    async def __aenter__(self) -> Self:
+        session, shield = self._session, self.shield
+        if self._committing:
+            await session._backend.checkpoint_if_cancelled()
+            while not GATE.enter(shield):
+                waiter = session._backend.waiter()
+                GATE.when_open(waiter.wake)
+                await waiter.wait()
+        else:
+            GATE.enter(shield, ending=True)
+        if not session.lock.try_acquire():
+            # Another task runs a statement on the connection. The gate first:
+            # between a lock that is taken and a `try` an exception from nowhere
+            # would leave it locked for ever.
+            try:
+                await self._wait_for_lock()
+            except BaseException:
+                GATE.leave(shield)
+                raise
+        return self
+
+    async def _wait_for_lock(self) -> None:
+        lock = self._session.lock
+        if self._committing:
+            await lock.acquire()
+            return
+        while True:
+            waiter = lock.enqueue()
+            waiter.limit(monotonic() + self._session.commit_timeout)
+            try:
+                await self.shield.hold(waiter)
+                return
+            except Expired:
+                # The statement that has it ends with the connection, and the
+                # transaction too.
+                lock.withdraw(waiter)
+                self._session._drop("the connection was busy when its transaction had to end")
+            except BaseException:
+                lock.withdraw(waiter)
+                raise
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._session.lock.release()
+        errors: list[BaseException] = []
+        if exc is None:
+            for callback in self.callbacks:
+                try:
+                    await self.shield.call(callback.fn, self._session.commit_timeout)
+                except GeneratorExit:  # the coroutine is destroyed, its loop is gone
+                    GATE.leave(self.shield)
+                    raise
+                except BaseException as error:
+                    errors.append(error)
+        signalled = GATE.leave(self.shield)
+        if exc is None:
+            self._let_through(signalled or self.shield.held, errors)
+
+    def _let_through(self, held: BaseException | None, errors: list[BaseException]) -> None:
+        """Raise what is to be raised: what was held back before our own errors."""
+        note = f"aiopgsafe: the transaction is {self.outcome}"
+        group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
+        leading = held or self.error or self.going_through
+        if group is not None and leading is not None:
+            logger.error("%s", group, exc_info=group)
+            leading.add_note(f"aiopgsafe: {len(errors)} callback(s) failed: {errors!r}")
+        if held is not None:
+            held.add_note(note)
+            if self.error is not None:
+                logger.warning("%s (held back: %r)", self.error, held)
+                raise held from self.error
+            if held is not self.going_through:
+                raise held
+        elif self.error is not None:
+            raise self.error
+        elif group is not None and self.going_through is None:
+            raise group
+
+
+async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
+    """End the transaction with COMMIT: send it, believe the answer, call back.
+
+    Raises what interrupted it before COMMIT was sent: `unit` is still ACTIVE then.
+    Otherwise `unit` is settled, and what was held back is raised, or what says
+    that the transaction is not committed.
+
+    :param gen: sends COMMIT, having moved `unit` to COMMITTING just before; False
+        if there was no transaction to commit.
+    """
+    async with Section(session, committing=True) as section:
+        try:
+            verdict = await _send_commit(session, section, unit, gen)
+        except BaseException:
+            if unit.state is COMMITTING:  # the coroutine is destroyed, its loop is gone
+                unit.advance(UNKNOWN)
+                session._drop("nobody waits for the answer to COMMIT")
+            raise
+        if verdict is not None:
+            unit.advance(verdict.state)
+            section.error = verdict.error
+            section.callbacks = unit.take()
+        section.outcome = unit.state.value
+
+
+async def _send_commit(
+    session: Session, section: Section, unit: Unit, gen: PQGen[bool]
+) -> Verdict | None:
+    try:
+        sent = await run(session, section.shield, gen)
+    except Expired:
+        session._drop("no answer to COMMIT")
+        return unknown(None, f"no answer to COMMIT within {session.commit_timeout:g} seconds")
+    except Exception as exc:
+        if unit.state is not COMMITTING:
+            raise
+        verdict = verdict_of_error(exc)
+        if verdict.state is UNKNOWN:
+            session._drop("lost while COMMIT was in flight")
+        return verdict
+    return Verdict(COMMITTED) if sent else None
+
+
+async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> None:
+    """End the transaction with ROLLBACK. Raises the server's error, what was held back before it.
+
+    :param unit: None if nobody has callbacks for this transaction.
+    """
+    async with Section(session) as section:
+        section.outcome = ROLLED_BACK.value
+        try:
+            await run(session, section.shield, gen)
+        except Expired:
+            session._drop("no answer to ROLLBACK")
+            section.error = no_answer("ROLLBACK", session.commit_timeout)
+        except psycopg.Error as exc:
+            section.error = exc
+            if not session.closed:  # refused: the transaction goes on
+                section.outcome = "as it was"
+                return
+        if unit is not None and unit.state is ACTIVE:
+            unit.advance(ROLLED_BACK)
+            section.callbacks = unit.take()
+
+
+def no_answer(command: str, timeout: float) -> psycopg.OperationalError:
+    return psycopg.OperationalError(
+        f"no answer to {command} within {timeout:g} seconds: the connection is closed"
+    )

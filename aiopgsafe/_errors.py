@@ -1,0 +1,50 @@
+"""Every exception that aiopgsafe adds to psycopg's.
+
+::
+
+    psycopg.Error
+    └── psycopg.DatabaseError
+        └── psycopg.OperationalError
+            ├── psycopg.errors.TransactionResolutionUnknown   (08007)
+            │   └── CommitUnknown       COMMIT was sent, its outcome can't be known
+            └── psycopg.errors.TransactionRollback            (40000)
+                └── CommitRolledBack    COMMIT was sent, the server answered ROLLBACK
+
+A server error in answer to COMMIT (a deferred constraint, a serialization
+failure) stays what psycopg makes of it: `UniqueViolation`,
+`SerializationFailure`, ... The transaction is rolled back then, and known to be.
+"""
+
+from __future__ import annotations
+
+from psycopg import errors
+
+__all__ = ["CommitRolledBack", "CommitUnknown"]
+
+
+class CommitUnknown(errors.TransactionResolutionUnknown):
+    """COMMIT was sent and whether the transaction is committed can't be known.
+
+    The connection was lost, or the server did not answer within
+    ``commit_timeout``. Running the work again may do it twice: look for its
+    effects first. The connection is closed; `__cause__` is the error that took
+    the answer away, where there was one. A `psycopg.OperationalError` with
+    SQLSTATE 08007.
+    """
+
+    __module__ = "aiopgsafe"
+
+    xid: int | None = None
+    """The transaction's id on the server, or None where it isn't known."""
+
+
+class CommitRolledBack(errors.TransactionRollback):
+    """COMMIT was sent and the server answered ROLLBACK: nothing is committed.
+
+    PostgreSQL does so without an error when a statement of the transaction had
+    failed and the program went on regardless (PostgreSQL documentation, part VI,
+    COMMIT). psycopg and asyncpg end such a block as if it were committed. A
+    `psycopg.OperationalError` with SQLSTATE 40000.
+    """
+
+    __module__ = "aiopgsafe"

@@ -1,0 +1,92 @@
+"""Did it commit? The server's answer decides, not the absence of an error.
+
+PostgreSQL answers COMMIT in one of these ways (documentation, "Message Flow"):
+
+- a command tag, ``COMMIT``: committed, and durable as far as configured;
+- a command tag, ``ROLLBACK``: the transaction had failed before; no error comes;
+- an ERROR: COMMIT itself failed (a deferred constraint or trigger, a serialization
+  failure, a cancelled wait for a lock of theirs) and the transaction is aborted;
+- a FATAL error, or the end of the connection: the session has ended, before or
+  after the commit record was written. Only the server's log and tables know.
+
+A cancelled wait for synchronous replication comes as the tag ``COMMIT`` with a
+warning: it is committed, here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import psycopg
+
+from ._errors import CommitRolledBack, CommitUnknown
+
+__all__ = ["TransactionState", "Verdict", "check_tag", "unknown", "verdict_of_error"]
+
+
+class TransactionState(Enum):
+    """What is known of a transaction. Exposed as `Transaction.state`."""
+
+    __module__ = "aiopgsafe"
+
+    PENDING = "pending"
+    """The block has not been entered."""
+    ACTIVE = "active"
+    """The block runs: its statements are part of the transaction."""
+    COMMITTING = "committing"
+    """COMMIT has been sent, the answer is not there yet."""
+    COMMITTED = "committed"
+    """The server said that it is committed."""
+    ROLLED_BACK = "rolled back"
+    """Nothing of it is or will be committed."""
+    UNKNOWN = "unknown"
+    """COMMIT was sent and the outcome can't be known (`CommitUnknown`)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a COMMIT, and the exception that says so if it isn't committed."""
+
+    state: TransactionState
+    error: Exception | None = None
+
+
+def check_tag(tag: bytes | None) -> None:
+    """Raise unless COMMIT was answered by a tag that says so."""
+    if tag == b"ROLLBACK":
+        raise CommitRolledBack(
+            "the server answered COMMIT with ROLLBACK: a statement of the transaction"
+            " had failed before, nothing is committed"
+        )
+    if tag != b"COMMIT":
+        raise CommitUnknown(f"the server answered COMMIT with {tag!r}")
+
+
+def verdict_of_error(error: Exception) -> Verdict:
+    """The outcome by the exception that came instead of the tag, once COMMIT had been sent."""
+    if isinstance(error, CommitUnknown):
+        return Verdict(TransactionState.UNKNOWN, error)
+    if isinstance(error, CommitRolledBack) or _is_answer(error):
+        return Verdict(TransactionState.ROLLED_BACK, error)
+    return unknown(error, "the connection was lost while COMMIT was in flight")
+
+
+def unknown(cause: Exception | None, what: str) -> Verdict:
+    """The outcome can't be known, because of `cause`."""
+    reason = f" ({cause})" if cause is not None else ""
+    error = CommitUnknown(f"{what}{reason}: the transaction may be committed or rolled back")
+    error.__cause__ = cause
+    return Verdict(TransactionState.UNKNOWN, error)
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether `error` is the server's own answer to COMMIT: an ERROR of a session that goes on.
+
+    Class 08 is said by poolers about a server that they lost, class 57P by a
+    session that ends, 40003 means "statement completion unknown".
+    """
+    if not isinstance(error, psycopg.Error) or error.diag.severity_nonlocalized != "ERROR":
+        return False
+    sqlstate = error.sqlstate or ""
+    return not sqlstate.startswith(("08", "57P")) and sqlstate != "40003"

@@ -1,0 +1,293 @@
+"""The only place that shields, always with a deadline.
+
+Three things can tear a COMMIT from the code that waits for it:
+
+- *cancellation*: asyncio's edge (`task.cancel()`: one exception at one await),
+  anyio's and trio's level (an exception at every await until the scope ends);
+- *signals* whose Python handler raises: Ctrl-C's KeyboardInterrupt, the
+  SystemExit of Celery's and many supervisors' handlers. They come out of
+  whichever bytecode the main thread happens to run, the event loop's own
+  included, where they drop wakeups;
+- *time*: a server that doesn't answer.
+
+`Shield` holds the first kind back and lets it through at the end, unchanged. It
+absorbs a cancellation where the task waits and waits on: a helper task would not
+do, `asyncio.run` cancels that one too when it tears down. `SignalGate` holds the
+second kind back: while a section runs, the program's handlers are replaced by one
+that only notes the arrival, and are called at the section's end. Absorbing alone
+hangs (an exception inside the loop's machinery loses a wakeup), deferring alone
+loses to cancellation: both together. Deadlines stand in `Job.limit`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGate
+from _signal import signal as set_handler
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from threading import get_ident, main_thread
+from time import monotonic
+from types import FrameType
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import anyio
+
+__all__ = ["GATE", "Expired", "Job", "Shield"]
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+INSIST_GRACE = 1.0
+"""Seconds after a signal's first arrival before a second one is obeyed.
+
+A terminal or a supervisor may send two at once: only one that is repeated by
+somebody who has waited means "now, whatever becomes of the COMMIT".
+"""
+
+DEFERRED_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in (
+        *("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGABRT", "SIGUSR1", "SIGUSR2"),
+        *("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGXCPU"),
+    )
+    if hasattr(signal, name)
+)
+"""Signals whose Python handlers are known to raise: terminals, supervisors, time limits."""
+
+
+class Expired(Exception):
+    """A `Job` did not end by its limit. It goes on regardless: stop it or close what it uses."""
+
+
+class Job(Protocol[T_co]):
+    """Something under way: one can wait for it, be interrupted, and wait for it again."""
+
+    def wait(self) -> Awaitable[T_co]:
+        """Wait for the result. Raises what the job raised, `Expired` after its limit."""
+
+    def limit(self, when: float) -> None:
+        """Let the waiting end at `when` (`time.monotonic()`), unless an earlier limit is set."""
+
+
+class EventLoop(Protocol):
+    """What a shield needs of the running event loop (see `_backends`)."""
+
+    @property
+    def interruptions(self) -> tuple[type[BaseException], ...]:
+        """The exceptions by which this loop interrupts a task that waits."""
+
+    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call `fn` in the loop; may be called from a signal handler."""
+
+    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        """Run `fn` so that no cancellation of the caller reaches it."""
+
+
+class Shield:
+    """Waits for jobs whatever interrupts, and knows what is to be let through afterwards.
+
+    :param loop: the running event loop.
+    :param grace: seconds that remain once something has been held back; None:
+        each job's own limit is all there is.
+    """
+
+    __slots__ = ("_grace", "_job", "_loop", "_until", "held")
+
+    def __init__(self, loop: EventLoop, *, grace: float | None = None) -> None:
+        self.held: BaseException | None = None
+        """The first interruption that was held back. Whoever ends the section raises it."""
+        self._loop = loop
+        self._grace = grace
+        self._job: Job[Any] | None = None
+        self._until: float | None = None
+
+    async def hold(self, job: Job[T]) -> T:
+        """Wait until `job` has ended or its limit has passed, deaf to all interruptions.
+
+        asyncio's cancellations are counted by the task: we never call
+        `uncancel()`, and raise the first CancelledError itself in the end, so
+        that `asyncio.timeout()`, TaskGroup and anyio still know theirs.
+        """
+        self._job = job
+        if self._until is not None:
+            job.limit(self._until)
+        try:
+            if self.held is None:
+                try:
+                    return await job.wait()
+                except self._loop.interruptions as exc:
+                    self.hold_back(exc)
+            # Who is interrupted once may be so at every await from now on: anyio
+            # re-cancels at each cycle of the loop, and deafness alone would spin.
+            # Inside a shielded scope it holds still; a native cancel() comes
+            # through even here and is absorbed. Entered only now: a scope costs
+            # more than the rest of the shield, and nearly nobody is interrupted.
+            with anyio.CancelScope(shield=True):
+                while True:
+                    try:
+                        return await job.wait()
+                    except self._loop.interruptions:
+                        continue
+            raise AssertionError("the scope swallows nothing")
+        finally:
+            self._job = None
+
+    def hold_back(self, exc: BaseException) -> None:
+        """Note an interruption; from now on `grace` limits what is waited for."""
+        if self.held is None:
+            self.held = exc
+            if self._grace is not None:
+                self._limit(monotonic() + self._grace)
+
+    def insist(self, when: float) -> None:
+        """Let all waiting end at `when`. Called by a signal handler, between any two bytecodes."""
+        self._loop.run_sync_soon(self._limit, when)
+
+    def _limit(self, when: float) -> None:
+        self._until = when if self._until is None else min(when, self._until)
+        if self._job is not None:
+            self._job.limit(self._until)
+
+    async def call(self, fn: Callable[[], object], timeout: float) -> None:
+        """Call `fn` and, if it returns an awaitable, see that through, `timeout` seconds at most.
+
+        Raises what `fn` raises; TimeoutError if it had to be cancelled.
+        """
+        result = fn()
+        if not isinstance(result, Awaitable):
+            return
+
+        async def see_through() -> None:
+            await result
+
+        token = _inside.set(True)
+        try:
+            job = self._loop.spawn(see_through)
+            job.limit(monotonic() + timeout)
+            await self.hold(job)
+        except Expired:
+            raise TimeoutError(f"cancelled: it did not end within {timeout} seconds") from None
+        finally:
+            _inside.reset(token)
+
+
+_inside: ContextVar[bool] = ContextVar("aiopgsafe_inside_section", default=False)
+"""Set in callbacks: a COMMIT of theirs must not wait for the section that waits for them."""
+
+Handler: TypeAlias = Callable[[int, "FrameType | None"], object]
+
+
+class SignalGate:
+    """Defers signal handlers while any section of the main thread runs.
+
+    Python calls signal handlers in the main thread, between any two bytecodes.
+    A section in another thread can't be hit by them and needs no gate.
+
+    Between `enter()` and `leave()` of the last section no handler of the program
+    runs. A second arrival of the same signal is the user who insists: it limits
+    the sections' waiting (`Shield.insist`), so that the program can be ended
+    while a server doesn't answer.
+
+    It uses the C functions below the `signal` module: the module's own convert
+    every handler to an enum and back, 2 µs a call on Python 3.11, and four of
+    them would be a tenth of a transaction.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._shields: set[Shield] = set()
+        self._saved: dict[int, Handler] = {}
+        self._pending: list[int] = []
+        self._first: dict[int, float] = {}
+        self._waiting: list[Callable[[], object]] = []
+        # One object, so that `is` tells whether a signal is still ours.
+        self._hook: Handler = self._on_signal
+
+    def enter(self, shield: Shield, *, ending: bool = False) -> bool:
+        """Begin a section; False if a signal is pending and a new one must not begin.
+
+        A busy server always has some COMMIT in flight: if new ones went on to
+        begin, a signal would never get through.
+
+        :param ending: begin all the same: something is being ended (ROLLBACK).
+        """
+        if get_ident() != main_thread().ident:
+            return True
+        if self._pending and not ending and not _inside.get():
+            return False
+        if not self._depth:
+            for signum in DEFERRED_SIGNALS:
+                handler = getsignal(signum)
+                if callable(handler) and handler is not self._hook:
+                    # Saved before it is replaced: a signal that arrives between
+                    # two lines of this loop is passed on by the hook (depth 0).
+                    self._saved[signum] = handler
+                    set_handler(signum, self._hook)
+        self._depth += 1
+        self._shields.add(shield)
+        return True
+
+    def when_open(self, wake: Callable[[], object]) -> None:
+        """Call `wake` when the pending signals have been delivered."""
+        self._waiting.append(wake)
+
+    def leave(self, shield: Shield) -> BaseException | None:
+        """End a section. The last one out calls the handlers of what has arrived.
+
+        Returns what a handler raised, for the caller to raise when its own
+        affairs are in order.
+        """
+        if shield not in self._shields:
+            return None
+        self._shields.discard(shield)
+        self._depth -= 1
+        raised: BaseException | None = None
+        while not self._depth and (self._saved or self._pending):
+            # A handler that is back in place may raise between any two bytecodes
+            # of this loop: it goes on where it was torn.
+            try:
+                self._restore()
+                self._deliver()
+            except BaseException as exc:
+                raised = raised or exc
+        if not self._depth:
+            waiting, self._waiting = self._waiting, []
+            for wake in waiting:
+                wake()
+        return raised
+
+    def _restore(self) -> None:
+        for signum in tuple(self._saved):
+            # Not ours any more: the program has set another handler meanwhile.
+            if getsignal(signum) is self._hook:
+                set_handler(signum, self._saved[signum])
+            if signum not in self._pending:
+                del self._saved[signum]
+
+    def _deliver(self) -> None:
+        self._first.clear()
+        while self._pending:
+            signum = self._pending.pop(0)
+            handler = self._saved[signum]
+            if signum not in self._pending:
+                del self._saved[signum]
+            handler(signum, sys._getframe())
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if not self._depth:
+            self._saved[signum](signum, frame)
+            return
+        now = monotonic()
+        self._pending.append(signum)
+        if signum in self._first:
+            when = max(now, self._first[signum] + INSIST_GRACE)
+            for shield in tuple(self._shields):
+                shield.insist(when)
+        else:
+            self._first[signum] = now
+
+
+GATE = SignalGate()
+"""The process has one set of signal handlers, hence one gate."""

@@ -1,0 +1,364 @@
+"""The transaction block: savepoints, callbacks, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
+
+import psycopg
+from psycopg import pq, sql
+from psycopg.rows import AsyncRowFactory, Row
+from psycopg.transaction import OutOfOrderTransactionNesting
+
+from ._backends import Expired
+from ._ending import Callback, Section, Session, Unit, commit, no_answer, roll_back, run
+from ._outcome import TransactionState
+from ._shield import Shield
+
+if TYPE_CHECKING:
+    from psycopg.abc import Params, PQGen, Query
+
+__all__ = ["Transaction"]
+
+IDLE = pq.TransactionStatus.IDLE
+
+PENDING = TransactionState.PENDING
+ACTIVE = TransactionState.ACTIVE
+COMMITTED = TransactionState.COMMITTED
+ROLLED_BACK = TransactionState.ROLLED_BACK
+UNKNOWN = TransactionState.UNKNOWN
+
+CursorRow = TypeVar("CursorRow")
+
+
+class Transaction(psycopg.AsyncTransaction, Generic[Row]):
+    """A transaction block: what `AsyncConnection.transaction()` returns.
+
+    ``async with`` it. A block that ends normally is committed. A block that
+    raises is not committed, except where the exception is a cancellation (or a
+    signal's exception) that arrived while COMMIT was in flight and was held back
+    until the outcome was known: `state` and the exception's note then say
+    COMMITTED.
+
+    Inside another block (or a transaction begun otherwise) it is a savepoint.
+    """
+
+    __module__ = "aiopgsafe"
+
+    def __init__(
+        self,
+        connection: psycopg.AsyncConnection[Row],
+        savepoint_name: str | None = None,
+        force_rollback: bool = False,
+        *,
+        begin: bytes | None = None,
+    ) -> None:
+        super().__init__(connection, savepoint_name, force_rollback)
+        self._session = cast("Session", connection)
+        self._begin = begin
+        self._name = savepoint_name or ""
+        self._unit = Unit()
+        self._outer: Transaction[Any] | None = None
+        self._is_savepoint = False
+        self._entered = False
+        # Of a savepoint; the outermost block's state is its unit's.
+        self._state = PENDING
+        self._released = False
+        self.xid: int | None = None
+        """The transaction's id on the server; None while it isn't known."""
+
+    @property
+    def state(self) -> TransactionState:
+        """What is known of the transaction.
+
+        A savepoint that was released is part of what is around it and shares its
+        fate from then on.
+        """
+        if not self._is_savepoint:
+            return self._unit.state
+        if not self._released:
+            return self._state
+        return self._outer.state if self._outer is not None else self._unit.state
+
+    @property
+    def savepoint_name(self) -> str | None:
+        """The name of the savepoint; empty for a block that has none."""
+        return self._name
+
+    @property
+    def connection(self) -> psycopg.AsyncConnection[Any]:
+        """The connection that the block runs on."""
+        return cast("psycopg.AsyncConnection[Any]", self._session)
+
+    # Inside the block
+
+    async def execute(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> psycopg.AsyncCursor[Row]:
+        """Execute a statement of the transaction, as `AsyncConnection.execute()` does.
+
+        Raises `psycopg.ProgrammingError` outside the block.
+        """
+        self._check_active("execute()")
+        cur = cast("psycopg.AsyncCursor[Row]", self.connection.cursor())
+        return await cur.execute(query, params, prepare=prepare, binary=binary)  # type: ignore[arg-type,misc]
+
+    @overload
+    def cursor(self, *, binary: bool = False) -> psycopg.AsyncCursor[Row]: ...
+    @overload
+    def cursor(
+        self, *, binary: bool = False, row_factory: AsyncRowFactory[CursorRow]
+    ) -> psycopg.AsyncCursor[CursorRow]: ...
+    @overload
+    def cursor(
+        self,
+        name: str,
+        *,
+        binary: bool = False,
+        scrollable: bool | None = None,
+        withhold: bool = False,
+    ) -> psycopg.AsyncServerCursor[Row]: ...
+    @overload
+    def cursor(
+        self,
+        name: str,
+        *,
+        binary: bool = False,
+        row_factory: AsyncRowFactory[CursorRow],
+        scrollable: bool | None = None,
+        withhold: bool = False,
+    ) -> psycopg.AsyncServerCursor[CursorRow]: ...
+
+    def cursor(self, name: str = "", **kwargs: Any) -> Any:
+        """A cursor for statements of the transaction, as `AsyncConnection.cursor()` makes it.
+
+        Raises `psycopg.ProgrammingError` outside the block.
+        """
+        self._check_active("cursor()")
+        return self.connection.cursor(name, **kwargs)
+
+    def on_commit(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Call ``fn(*args, **kwargs)`` once the transaction is committed, and only then.
+
+        `fn` may be a function or an async function. Callbacks run one after the
+        other in the order of their registration, shielded from cancellation and
+        signals, before the block is left; an async one has ``commit_timeout``
+        seconds. One that raises doesn't keep the others from running: the errors
+        come out together as an ExceptionGroup. Those of a savepoint run with the
+        outermost COMMIT, or never if it is rolled back.
+
+        Raises `TypeError` if `fn` is not callable, `psycopg.ProgrammingError`
+        outside the block.
+        """
+        self._register(COMMITTED, "on_commit()", fn, args, kwargs)
+
+    def on_rollback(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Call ``fn(*args, **kwargs)`` once the block, or one around it, is rolled back.
+
+        Otherwise as `on_commit()`. An exception that goes through the block stays
+        what it is: the callbacks' errors are logged, and noted on it.
+        """
+        self._register(ROLLED_BACK, "on_rollback()", fn, args, kwargs)
+
+    def _register(
+        self,
+        when: TransactionState,
+        what: str,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"{what} takes a function, not {type(fn).__name__}")
+        self._check_active(what)
+        if args or kwargs:
+            fn = partial(fn, *args, **kwargs)
+        self._unit.callbacks.append(Callback(self, when, fn))
+
+    def _check_active(self, what: str) -> None:
+        if self.state is not ACTIVE or self._released:
+            raise psycopg.ProgrammingError(
+                f"{what} is for use inside the block: its transaction is {self.state.value}"
+            )
+
+    # Entering and leaving
+
+    async def __aenter__(self) -> Self:
+        session = self._session
+        async with session.lock:
+            if self.state is not PENDING:
+                raise TypeError("transaction blocks can be used only once")
+            # BEGIN and SAVEPOINT take no time: an interruption waits for the answer
+            # and then undoes it, instead of racing a cancel request against it.
+            shield = Shield(session._backend, grace=session.cancel_timeout)
+            try:
+                await run(session, shield, self._begin_gen())
+                if shield.held is not None:
+                    raise shield.held
+            except GeneratorExit:  # the coroutine is destroyed, its loop is gone
+                raise
+            except BaseException as exc:
+                if isinstance(exc, Expired):
+                    session._drop("no answer to BEGIN")
+                elif self._entered:
+                    await roll_back(session, shield, self._undo())
+                self._pop()
+                self._end_as(ROLLED_BACK, self.Status.FAILED)
+                if isinstance(exc, Expired):
+                    raise no_answer("BEGIN", session.commit_timeout) from None
+                raise
+        return self
+
+    def _begin_gen(self) -> PQGen[None]:
+        session = self._session
+        yield from session._sync_gen()
+        blocks = session._blocks
+        self._is_savepoint = self.pgconn.transaction_status != IDLE
+        if self._is_savepoint:
+            if self._begin is not None:
+                raise psycopg.ProgrammingError(
+                    "isolation_level, read_only and deferrable are for the outermost block:"
+                    " this one is a savepoint in a transaction that has begun"
+                )
+            self._name = self._name or f"_pg3_{len(blocks) + 1}"
+            if blocks:
+                self._outer = blocks[-1]
+                self._unit = self._outer._unit
+            else:
+                # In a transaction that no block began: conn.commit() settles it.
+                self._unit = session._unit = session._unit or Unit(ACTIVE)
+            commands = [self._sql("SAVEPOINT")]
+        else:
+            session._unit = None  # of a transaction that ended without our commit()
+            commands = [self._begin or session._begin_command()]
+            if self._name:
+                commands.append(self._sql("SAVEPOINT"))
+        session._set_blocks([*blocks, self])
+        yield from session._commands_gen(commands)
+        self._entered = True
+        self.status = self.Status.ACTIVE
+        self._advance(ACTIVE)
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool:
+        if exc is not None or self.force_rollback:
+            await self._roll_back(exc)
+            return isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        try:
+            if self._is_savepoint:
+                await self._release()
+            else:
+                await self._commit()
+        except BaseException as error:
+            if self._entered and self.state is ACTIVE and not self._released:
+                # COMMIT was not sent: interrupted, or refused, before.
+                await self._roll_back(error)
+            raise
+        return False
+
+    async def _commit(self) -> None:
+        session, unit = self._session, self._unit
+        self._check_nesting()
+        try:
+            await commit(session, unit, session._block_commit_gen(unit))
+        finally:
+            if unit.state is not ACTIVE:
+                self._pop()
+                self.status = _STATUS[unit.state]
+
+    async def _release(self) -> None:
+        """RELEASE SAVEPOINT. If the server refuses, the caller rolls back to it."""
+        session = self._session
+        self._check_nesting()
+        if session.closed or self._unit.state is not ACTIVE:
+            raise psycopg.OperationalError("the transaction around the block has ended before it")
+        async with Section(session) as section:
+            try:
+                await run(session, section.shield, session._commands_gen([self._sql("RELEASE")]))
+            except Expired:
+                session._drop("no answer to RELEASE")
+                section.error = no_answer("RELEASE", session.commit_timeout)
+            except psycopg.Error as exc:
+                section.error = exc
+            else:
+                self._pop()
+                self._released = True
+                self.status = self.Status.COMMITTED
+                for callback in self._unit.callbacks:
+                    if callback.owner is self:
+                        callback.owner = self._outer
+            section.outcome = "part of the one around it" if self._released else "not released"
+
+    async def _roll_back(self, exc: BaseException | None) -> None:
+        session, unit = self._session, self._unit
+        async with Section(session) as section:
+            if isinstance(exc, session._backend.interruptions):
+                section.shield.hold_back(exc)
+            section.going_through = exc
+            section.error = self._nesting_error()
+            self._pop()
+            if unit.state is ACTIVE:
+                await roll_back(session, section.shield, self._undo())
+            explicitly = isinstance(exc, psycopg.Rollback) or self.force_rollback
+            self._end_as(
+                ROLLED_BACK,
+                self.Status.ROLLED_BACK_EXPLICITLY
+                if explicitly
+                else self.Status.ROLLED_BACK_WITH_ERROR,
+            )
+            section.outcome = self.state.value
+            section.callbacks = unit.take(self if self._is_savepoint else None)
+
+    def _undo(self) -> list[bytes]:
+        if self._is_savepoint:
+            return [self._sql("ROLLBACK TO"), self._sql("RELEASE")]
+        return [b"ROLLBACK"]
+
+    def _sql(self, command: str) -> bytes:
+        name = sql.Identifier(self._name).as_bytes(self.connection)
+        return command.encode() + b" " + name
+
+    def _advance(self, state: TransactionState) -> None:
+        if self._is_savepoint:
+            self._state = state
+        elif self._unit.state is not state:
+            self._unit.advance(state)
+
+    def _end_as(self, state: TransactionState, status: psycopg.AsyncTransaction.Status) -> None:
+        if self._is_savepoint or self._unit.state in (PENDING, ACTIVE):
+            self._advance(state)
+        self.status = status
+
+    def _pop(self) -> None:
+        session = self._session
+        session._set_blocks([tx for tx in session._blocks if tx is not self])
+
+    def _nesting_error(self) -> OutOfOrderTransactionNesting | None:
+        blocks = self._session._blocks
+        if not blocks or blocks[-1] is self:
+            return None
+        return OutOfOrderTransactionNesting(
+            f"the block is left before one that was entered inside it: {self}"
+        )
+
+    def _check_nesting(self) -> None:
+        if error := self._nesting_error():
+            raise error
+
+
+_STATUS = {
+    COMMITTED: psycopg.AsyncTransaction.Status.COMMITTED,
+    ROLLED_BACK: psycopg.AsyncTransaction.Status.ROLLED_BACK_WITH_ERROR,
+    UNKNOWN: psycopg.AsyncTransaction.Status.FAILED,
+}
