@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
 import psycopg
 
+from . import _outcome
 from ._backends import Backend, Channel, Expired
 from ._backends._lock import Lock
-from ._outcome import TransactionState, Verdict, unknown, verdict_of_error
+from ._outcome import TransactionState, unknown, verdict_of_error
 from ._shield import GATE, Shield
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ COMMITTED = TransactionState.COMMITTED
 ROLLED_BACK = TransactionState.ROLLED_BACK
 UNKNOWN = TransactionState.UNKNOWN
 
-TRANSITIONS: dict[TransactionState, frozenset[TransactionState]] = {
+TRANSITIONS: dict[TransactionState, tuple[TransactionState, ...]] = {
     # ROLLED_BACK: BEGIN failed, or was undone.
-    PENDING: frozenset({ACTIVE, ROLLED_BACK}),
+    PENDING: (ACTIVE, ROLLED_BACK),
     # UNKNOWN: a statement inside the block was COMMIT or ROLLBACK itself.
-    ACTIVE: frozenset({COMMITTING, ROLLED_BACK, UNKNOWN}),
-    COMMITTING: frozenset({COMMITTED, ROLLED_BACK, UNKNOWN}),
-    COMMITTED: frozenset(),
-    ROLLED_BACK: frozenset(),
-    UNKNOWN: frozenset(),
+    ACTIVE: (COMMITTING, ROLLED_BACK, UNKNOWN),
+    COMMITTING: (COMMITTED, ROLLED_BACK, UNKNOWN),
+    COMMITTED: (),
+    ROLLED_BACK: (),
+    UNKNOWN: (),
 }
 """The states that may follow each state. There is no way back."""
 
@@ -70,6 +71,8 @@ class Session(Protocol):
     @property
     def closed(self) -> bool: ...
 
+    def _check_connection_ok(self) -> None: ...
+
     def _sync_gen(self) -> PQGen[None]:
         """Have the results of all that a pipeline has sent, so that the status is true."""
 
@@ -85,7 +88,9 @@ class Session(Protocol):
     def _forget_prepared_gen(self) -> PQGen[None]:
         """After a rollback: prepared statements may refer to what is gone."""
 
-    def _set_blocks(self, blocks: list[Any]) -> None: ...
+    def _push_block(self, tx: Any) -> None: ...
+
+    def _remove_block(self, tx: Any) -> None: ...
 
     def _drop(self, reason: str) -> None:
         """Close the connection at once: the state of its session can't be known."""
@@ -165,6 +170,16 @@ class Section:
         through at once, and the section doesn't begin.
     """
 
+    __slots__ = (
+        "_committing",
+        "_session",
+        "callbacks",
+        "error",
+        "going_through",
+        "outcome",
+        "shield",
+    )
+
     def __init__(self, session: Session, *, committing: bool = False) -> None:
         # ROLLBACK takes no time: a server that keeps an interrupted task waiting
         # for it doesn't answer. A COMMIT has all of its limit.
@@ -179,29 +194,33 @@ class Section:
 
     async def __aenter__(self) -> Self:
         session, shield = self._session, self.shield
-        if self._committing:
-            await session._backend.checkpoint_if_cancelled()
-            while not GATE.enter(shield):
-                waiter = session._backend.waiter()
-                GATE.when_open(waiter.wake)
-                await waiter.wait()
-        else:
-            GATE.enter(shield, ending=True)
+        if self._committing and session._backend.cancelled_now():
+            await session._backend.checkpoint()
+        if not GATE.enter(shield, ending=not self._committing):
+            await self._wait_for_gate()
         if not session.lock.try_acquire():
-            # Another task runs a statement on the connection. The gate first:
-            # between a lock that is taken and a `try` an exception from nowhere
-            # would leave it locked for ever.
-            try:
-                await self._wait_for_lock()
-            except BaseException:
-                GATE.leave(shield)
-                raise
+            await self._wait_for_lock()
         return self
 
+    async def _wait_for_gate(self) -> None:
+        while not GATE.enter(self.shield):
+            waiter = self._session._backend.waiter()
+            GATE.when_open(waiter.wake)
+            await waiter.wait()
+
     async def _wait_for_lock(self) -> None:
+        """Another task runs a statement on the connection."""
         lock = self._session.lock
         if self._committing:
+            # Not behind the gate: the statement may take long.
+            if (signalled := GATE.leave(self.shield)) is not None:
+                raise signalled
             await lock.acquire()
+            try:
+                await self._wait_for_gate()
+            except BaseException:
+                lock.release()
+                raise
             return
         while True:
             waiter = lock.enqueue()
@@ -216,6 +235,7 @@ class Section:
                 self._session._drop("the connection was busy when its transaction had to end")
             except BaseException:
                 lock.withdraw(waiter)
+                GATE.leave(self.shield)
                 raise
 
     async def __aexit__(
@@ -225,19 +245,33 @@ class Section:
         tb: TracebackType | None,
     ) -> None:
         self._session.lock.release()
-        errors: list[BaseException] = []
-        if exc is None:
-            for callback in self.callbacks:
-                try:
-                    await self.shield.call(callback.fn, self._session.commit_timeout)
-                except GeneratorExit:  # the coroutine is destroyed, its loop is gone
-                    GATE.leave(self.shield)
-                    raise
-                except BaseException as error:
-                    errors.append(error)
+        errors = await self._call_back() if self.callbacks and exc is None else []
         signalled = GATE.leave(self.shield)
-        if exc is None:
-            self._let_through(signalled or self.shield.held, errors)
+        if exc is not None:
+            if signalled is not None:
+                raise signalled
+            return
+        if GATE.delivered and signalled is None:
+            # The handler may have cancelled this task: here is where it belongs.
+            try:
+                await self._session._backend.checkpoint()
+            except self._session._backend.interruptions as interruption:
+                self.shield.hold_back(interruption)
+        held = signalled or self.shield.held
+        if held is not None or self.error is not None or errors:
+            self._let_through(held, errors)
+
+    async def _call_back(self) -> list[BaseException]:
+        errors: list[BaseException] = []
+        for callback in self.callbacks:
+            try:
+                await self.shield.call(callback.fn, self._session.commit_timeout)
+            except GeneratorExit:  # the coroutine is destroyed, its loop is gone
+                GATE.leave(self.shield)
+                raise
+            except BaseException as error:
+                errors.append(error)
+        return errors
 
     def _let_through(self, held: BaseException | None, errors: list[BaseException]) -> None:
         """Raise what is to be raised: what was held back before our own errors."""
@@ -272,35 +306,29 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
     """
     async with Section(session, committing=True) as section:
         try:
-            verdict = await _send_commit(session, section, unit, gen)
-        except BaseException:
-            if unit.state is COMMITTING:  # the coroutine is destroyed, its loop is gone
+            sent = await run(session, section.shield, gen)
+            verdict = _outcome.COMMITTED
+        except Expired:
+            sent = True
+            verdict = unknown(
+                None, f"no answer to COMMIT within {session.commit_timeout:g} seconds"
+            )
+        except BaseException as exc:
+            if unit.state is not COMMITTING:
+                raise
+            if not isinstance(exc, Exception):  # the coroutine is destroyed, its loop is gone
                 unit.advance(UNKNOWN)
                 session._drop("nobody waits for the answer to COMMIT")
-            raise
-        if verdict is not None:
+                raise
+            sent, verdict = True, verdict_of_error(exc)
+        if sent:
             unit.advance(verdict.state)
             section.error = verdict.error
-            section.callbacks = unit.take()
+            if unit.callbacks:
+                section.callbacks = unit.take()
+            if verdict.state is UNKNOWN:
+                session._drop(str(verdict.error))
         section.outcome = unit.state.value
-
-
-async def _send_commit(
-    session: Session, section: Section, unit: Unit, gen: PQGen[bool]
-) -> Verdict | None:
-    try:
-        sent = await run(session, section.shield, gen)
-    except Expired:
-        session._drop("no answer to COMMIT")
-        return unknown(None, f"no answer to COMMIT within {session.commit_timeout:g} seconds")
-    except Exception as exc:
-        if unit.state is not COMMITTING:
-            raise
-        verdict = verdict_of_error(exc)
-        if verdict.state is UNKNOWN:
-            session._drop("lost while COMMIT was in flight")
-        return verdict
-    return Verdict(COMMITTED) if sent else None
 
 
 async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> None:

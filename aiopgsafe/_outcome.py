@@ -15,14 +15,14 @@ warning: it is committed, here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import psycopg
 
 from ._errors import CommitRolledBack, CommitUnknown
 
-__all__ = ["TransactionState", "Verdict", "check_tag", "unknown", "verdict_of_error"]
+__all__ = ["COMMITTED", "TransactionState", "Verdict", "check_tag", "unknown", "verdict_of_error"]
 
 
 class TransactionState(Enum):
@@ -43,9 +43,11 @@ class TransactionState(Enum):
     UNKNOWN = "unknown"
     """COMMIT was sent and the outcome can't be known (`CommitUnknown`)."""
 
+    # Enum's own is Python code, and each transaction looks up its state five times.
+    __hash__ = object.__hash__
 
-@dataclass(frozen=True)
-class Verdict:
+
+class Verdict(NamedTuple):
     """The outcome of a COMMIT, and the exception that says so if it isn't committed."""
 
     state: TransactionState
@@ -53,7 +55,7 @@ class Verdict:
 
 
 def check_tag(tag: bytes | None) -> None:
-    """Raise unless COMMIT was answered by a tag that says so."""
+    """Raise unless COMMIT was answered by the tag COMMIT."""
     if tag == b"ROLLBACK":
         raise CommitRolledBack(
             "the server answered COMMIT with ROLLBACK: a statement of the transaction"
@@ -70,6 +72,9 @@ def verdict_of_error(error: Exception) -> Verdict:
     if isinstance(error, CommitRolledBack) or _is_answer(error):
         return Verdict(TransactionState.ROLLED_BACK, error)
     return unknown(error, "the connection was lost while COMMIT was in flight")
+
+
+COMMITTED = Verdict(TransactionState.COMMITTED)
 
 
 def unknown(cause: Exception | None, what: str) -> Verdict:

@@ -27,7 +27,6 @@ from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGat
 from _signal import signal as set_handler
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from threading import get_ident, main_thread
 from time import monotonic
 from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -39,6 +38,9 @@ __all__ = ["GATE", "Expired", "Job", "Shield"]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
+Handler: TypeAlias = Callable[[int, "FrameType | None"], object]
+"""A signal handler, as `signal.signal` takes it."""
+
 INSIST_GRACE = 1.0
 """Seconds after a signal's first arrival before a second one is obeyed.
 
@@ -47,7 +49,7 @@ somebody who has waited means "now, whatever becomes of the COMMIT".
 """
 
 DEFERRED_SIGNALS = tuple(
-    getattr(signal, name)
+    int(getattr(signal, name))
     for name in (
         *("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGABRT", "SIGUSR1", "SIGUSR2"),
         *("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGXCPU"),
@@ -75,6 +77,10 @@ class EventLoop(Protocol):
     """What a shield needs of the running event loop (see `_backends`)."""
 
     @property
+    def in_main_thread(self) -> bool:
+        """Whether signal handlers can interrupt it: Python runs them in the main thread."""
+
+    @property
     def interruptions(self) -> tuple[type[BaseException], ...]:
         """The exceptions by which this loop interrupts a task that waits."""
 
@@ -83,6 +89,9 @@ class EventLoop(Protocol):
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         """Run `fn` so that no cancellation of the caller reaches it."""
+
+    def handler_to_restore(self, handler: Handler) -> Handler:
+        """What to put back for a signal handler that was replaced a while ago."""
 
 
 class Shield:
@@ -93,12 +102,12 @@ class Shield:
         each job's own limit is all there is.
     """
 
-    __slots__ = ("_grace", "_job", "_loop", "_until", "held")
+    __slots__ = ("_grace", "_job", "_until", "held", "loop")
 
     def __init__(self, loop: EventLoop, *, grace: float | None = None) -> None:
         self.held: BaseException | None = None
         """The first interruption that was held back. Whoever ends the section raises it."""
-        self._loop = loop
+        self.loop = loop
         self._grace = grace
         self._job: Job[Any] | None = None
         self._until: float | None = None
@@ -117,7 +126,7 @@ class Shield:
             if self.held is None:
                 try:
                     return await job.wait()
-                except self._loop.interruptions as exc:
+                except self.loop.interruptions as exc:
                     self.hold_back(exc)
             # Who is interrupted once may be so at every await from now on: anyio
             # re-cancels at each cycle of the loop, and deafness alone would spin.
@@ -128,7 +137,7 @@ class Shield:
                 while True:
                     try:
                         return await job.wait()
-                    except self._loop.interruptions:
+                    except self.loop.interruptions:
                         continue
             raise AssertionError("the scope swallows nothing")
         finally:
@@ -143,7 +152,7 @@ class Shield:
 
     def insist(self, when: float) -> None:
         """Let all waiting end at `when`. Called by a signal handler, between any two bytecodes."""
-        self._loop.run_sync_soon(self._limit, when)
+        self.loop.run_sync_soon(self._limit, when)
 
     def _limit(self, when: float) -> None:
         self._until = when if self._until is None else min(when, self._until)
@@ -164,7 +173,7 @@ class Shield:
 
         token = _inside.set(True)
         try:
-            job = self._loop.spawn(see_through)
+            job = self.loop.spawn(see_through)
             job.limit(monotonic() + timeout)
             await self.hold(job)
         except Expired:
@@ -175,8 +184,6 @@ class Shield:
 
 _inside: ContextVar[bool] = ContextVar("aiopgsafe_inside_section", default=False)
 """Set in callbacks: a COMMIT of theirs must not wait for the section that waits for them."""
-
-Handler: TypeAlias = Callable[[int, "FrameType | None"], object]
 
 
 class SignalGate:
@@ -196,6 +203,7 @@ class SignalGate:
     """
 
     def __init__(self) -> None:
+        self.delivered = False
         self._depth = 0
         self._shields: set[Shield] = set()
         self._saved: dict[int, Handler] = {}
@@ -213,18 +221,20 @@ class SignalGate:
 
         :param ending: begin all the same: something is being ended (ROLLBACK).
         """
-        if get_ident() != main_thread().ident:
+        if not shield.loop.in_main_thread:
             return True
         if self._pending and not ending and not _inside.get():
             return False
         if not self._depth:
+            hook = self._hook
             for signum in DEFERRED_SIGNALS:
                 handler = getsignal(signum)
-                if callable(handler) and handler is not self._hook:
+                # SIG_DFL and SIG_IGN are integers; None was not set from Python.
+                if handler.__class__ is not int and handler is not hook and handler is not None:
                     # Saved before it is replaced: a signal that arrives between
                     # two lines of this loop is passed on by the hook (depth 0).
                     self._saved[signum] = handler
-                    set_handler(signum, self._hook)
+                    set_handler(signum, hook)
         self._depth += 1
         self._shields.add(shield)
         return True
@@ -237,42 +247,41 @@ class SignalGate:
         """End a section. The last one out calls the handlers of what has arrived.
 
         Returns what a handler raised, for the caller to raise when its own
-        affairs are in order.
+        affairs are in order. A handler may also have cancelled the very task that
+        calls it, as the one of `asyncio.run` does: `delivered` says that some ran.
         """
+        self.delivered = False
         if shield not in self._shields:
             return None
         self._shields.discard(shield)
         self._depth -= 1
+        if self._depth:
+            return None
         raised: BaseException | None = None
-        while not self._depth and (self._saved or self._pending):
+        while self._saved or self._pending:
             # A handler that is back in place may raise between any two bytecodes
             # of this loop: it goes on where it was torn.
             try:
-                self._restore()
-                self._deliver()
+                for signum, handler in self._saved.items():
+                    # If not, the program has set another handler meanwhile.
+                    if getsignal(signum) is self._hook:
+                        set_handler(signum, shield.loop.handler_to_restore(handler))
+                if self._pending:
+                    self._deliver()
+                self._saved.clear()
             except BaseException as exc:
                 raised = raised or exc
-        if not self._depth:
+        if self._waiting:
             waiting, self._waiting = self._waiting, []
             for wake in waiting:
                 wake()
         return raised
 
-    def _restore(self) -> None:
-        for signum in tuple(self._saved):
-            # Not ours any more: the program has set another handler meanwhile.
-            if getsignal(signum) is self._hook:
-                set_handler(signum, self._saved[signum])
-            if signum not in self._pending:
-                del self._saved[signum]
-
     def _deliver(self) -> None:
         self._first.clear()
         while self._pending:
-            signum = self._pending.pop(0)
-            handler = self._saved[signum]
-            if signum not in self._pending:
-                del self._saved[signum]
+            handler = self._saved[signum := self._pending.pop(0)]
+            self.delivered = True
             handler(signum, sys._getframe())
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Transaction"]
 
+OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
 
 PENDING = TransactionState.PENDING
@@ -209,7 +210,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                     session._drop("no answer to BEGIN")
                 elif self._entered:
                     await roll_back(session, shield, self._undo())
-                self._pop()
+                session._remove_block(self)
                 self._end_as(ROLLED_BACK, self.Status.FAILED)
                 if isinstance(exc, Expired):
                     raise no_answer("BEGIN", session.commit_timeout) from None
@@ -218,9 +219,11 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
 
     def _begin_gen(self) -> PQGen[None]:
         session = self._session
-        yield from session._sync_gen()
+        pgconn = self.pgconn
+        if pgconn.pipeline_status or pgconn.status != OK:
+            yield from session._sync_gen()
         blocks = session._blocks
-        self._is_savepoint = self.pgconn.transaction_status != IDLE
+        self._is_savepoint = pgconn.transaction_status != IDLE
         if self._is_savepoint:
             if self._begin is not None:
                 raise psycopg.ProgrammingError(
@@ -240,7 +243,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             commands = [self._begin or session._begin_command()]
             if self._name:
                 commands.append(self._sql("SAVEPOINT"))
-        session._set_blocks([*blocks, self])
+        session._push_block(self)
         yield from session._commands_gen(commands)
         self._entered = True
         self.status = self.Status.ACTIVE
@@ -253,34 +256,31 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         tb: TracebackType | None,
     ) -> bool:
         if exc is not None or self.force_rollback:
-            await self._roll_back(exc)
-            return isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+            swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+            await self._roll_back(exc, going_through=None if swallowed else exc)
+            return swallowed
+        session, unit = self._session, self._unit
         try:
+            if (error := self._nesting_error()) is not None:
+                raise error
             if self._is_savepoint:
                 await self._release()
             else:
-                await self._commit()
-        except BaseException as error:
-            if self._entered and self.state is ACTIVE and not self._released:
+                await commit(session, unit, session._block_commit_gen(unit))
+        except BaseException as exc:
+            if unit.state is ACTIVE and not self._released:
                 # COMMIT was not sent: interrupted, or refused, before.
-                await self._roll_back(error)
+                await self._roll_back(exc, going_through=exc)
             raise
-        return False
-
-    async def _commit(self) -> None:
-        session, unit = self._session, self._unit
-        self._check_nesting()
-        try:
-            await commit(session, unit, session._block_commit_gen(unit))
         finally:
-            if unit.state is not ACTIVE:
-                self._pop()
+            if not self._is_savepoint:
+                session._remove_block(self)
                 self.status = _STATUS[unit.state]
+        return False
 
     async def _release(self) -> None:
         """RELEASE SAVEPOINT. If the server refuses, the caller rolls back to it."""
         session = self._session
-        self._check_nesting()
         if session.closed or self._unit.state is not ACTIVE:
             raise psycopg.OperationalError("the transaction around the block has ended before it")
         async with Section(session) as section:
@@ -292,7 +292,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             except psycopg.Error as exc:
                 section.error = exc
             else:
-                self._pop()
+                session._remove_block(self)
                 self._released = True
                 self.status = self.Status.COMMITTED
                 for callback in self._unit.callbacks:
@@ -300,14 +300,16 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                         callback.owner = self._outer
             section.outcome = "part of the one around it" if self._released else "not released"
 
-    async def _roll_back(self, exc: BaseException | None) -> None:
+    async def _roll_back(
+        self, exc: BaseException | None, going_through: BaseException | None
+    ) -> None:
         session, unit = self._session, self._unit
         async with Section(session) as section:
             if isinstance(exc, session._backend.interruptions):
                 section.shield.hold_back(exc)
-            section.going_through = exc
+            section.going_through = going_through
             section.error = self._nesting_error()
-            self._pop()
+            session._remove_block(self)
             if unit.state is ACTIVE:
                 await roll_back(session, section.shield, self._undo())
             explicitly = isinstance(exc, psycopg.Rollback) or self.force_rollback
@@ -340,10 +342,6 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             self._advance(state)
         self.status = status
 
-    def _pop(self) -> None:
-        session = self._session
-        session._set_blocks([tx for tx in session._blocks if tx is not self])
-
     def _nesting_error(self) -> OutOfOrderTransactionNesting | None:
         blocks = self._session._blocks
         if not blocks or blocks[-1] is self:
@@ -351,10 +349,6 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         return OutOfOrderTransactionNesting(
             f"the block is left before one that was entered inside it: {self}"
         )
-
-    def _check_nesting(self) -> None:
-        if error := self._nesting_error():
-            raise error
 
 
 _STATUS = {

@@ -16,13 +16,13 @@ import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from .._shield import Expired, Job
+from .._shield import Expired, Handler, Job
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn
 
-__all__ = ["Backend", "Channel", "Expired", "Job", "Waiter", "current"]
+__all__ = ["Backend", "Channel", "Expired", "Handler", "Job", "Waiter", "current"]
 
 T = TypeVar("T")
 
@@ -83,6 +83,10 @@ class Backend(Protocol):
     """The running event loop."""
 
     @property
+    def in_main_thread(self) -> bool:
+        """Whether the loop runs in the main thread, where signal handlers are called."""
+
+    @property
     def interruptions(self) -> tuple[type[BaseException], ...]:
         """How this loop interrupts a task that waits."""
 
@@ -110,8 +114,17 @@ class Backend(Protocol):
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
 
-    async def checkpoint_if_cancelled(self) -> None:
-        """Raise a cancellation that is due now, where the loop can tell; do nothing else."""
+    def handler_to_restore(self, handler: Handler) -> Handler:
+        """What to put back for a signal handler that was replaced a while ago."""
+
+    async def checkpoint(self) -> None:
+        """Let the other tasks run, and be interrupted if that is due."""
+
+    def cancelled_now(self) -> bool:
+        """Whether the next `checkpoint()` would be interrupted, where the loop can tell.
+
+        asyncio delivers a cancellation at the next real wait, and can't be asked before.
+        """
 
 
 def current() -> Backend:

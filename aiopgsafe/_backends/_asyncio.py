@@ -11,13 +11,16 @@ not disturb the protocol.
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import signal
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
+from threading import current_thread, main_thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Job
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job
+from ._asyncio_jobs import Connecting, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -25,50 +28,6 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
 T = TypeVar("T")
-
-
-class Waiter:
-    """A wait that outlives the cancellation of who waits, and has a limit."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._done = False
-        self._expired = False
-
-    def wake(self) -> None:
-        self._done = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._poke()
-
-    async def wait(self) -> None:
-        while not self._done:
-            await self._park()
-
-    def limit(self, when: float) -> None:
-        if self._timer is not None:
-            if self._timer.when() <= _loop_time(self._loop, when):
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(_loop_time(self._loop, when), self._expire)
-
-    def _expire(self) -> None:
-        self._expired = True
-        self._poke()
-
-    def _poke(self) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-    async def _park(self) -> None:
-        """Until the next `_poke()`. asyncio cancels what a task awaits: a new future each time."""
-        if not self._expired:
-            self._future = self._loop.create_future()
-            await self._future
-        if self._expired and not self._done:
-            raise Expired
 
 
 class Channel:
@@ -88,6 +47,7 @@ class Channel:
         "_readiness",
         "_reading",
         "_timer",
+        "_timer_when",
         "_value",
         "_writing",
         "closed",
@@ -105,6 +65,7 @@ class Channel:
         self._limit: float | None = None
         self._expired = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_when = 0.0
         self._readiness = Readiness(self._fd)
         self._writing = False
         self._last_yield = 0.0
@@ -147,10 +108,11 @@ class Channel:
         # stays for the next job's limit and moves on when it fires. One timer in
         # `commit_timeout` seconds instead of one a COMMIT.
         if self._timer is not None:
-            if self._timer.when() <= when:
+            if self._timer_when <= when:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(_loop_time(self._loop, when), self._on_timer)
+        self._timer = self._loop.call_at(loop_time(self._loop, when), self._on_timer)
+        self._timer_when = when
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -293,109 +255,6 @@ class Channel:
         return now - self._last_yield > MAX_BUSY
 
 
-class _Connecting(Waiter, Generic[T]):
-    def __init__(self, gen: Generator[tuple[int, int], int, T]) -> None:
-        super().__init__()
-        self._gen = gen
-        self._step: tuple[int, int] | None = None
-        self._ready = 0
-
-    async def wait(self) -> T:  # type: ignore[override]  # a Waiter with a result
-        try:
-            if self._step is None:
-                self._step = next(self._gen)
-            while True:
-                await self._wait_ready(*self._step)
-                ready, self._ready = self._ready, 0
-                self._step = self._gen.send(ready)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        finally:
-            if self._timer is not None and self._step is None:
-                self._timer.cancel()
-
-    async def _wait_ready(self, fd: int, want: int) -> None:
-        """Out of the loop at every exit: libpq may close the descriptor at the next step."""
-        if want & READ:
-            self._loop.add_reader(fd, self._on_ready, READ)
-        if want & WRITE:
-            self._loop.add_writer(fd, self._on_ready, WRITE)
-        try:
-            while not self._ready:
-                await self._park()
-        finally:
-            if want & READ:
-                self._loop.remove_reader(fd)
-            if want & WRITE:
-                self._loop.remove_writer(fd)
-
-    def _on_ready(self, ready: int) -> None:
-        self._ready |= ready
-        self._poke()
-
-
-class _Task(Generic[T]):
-    """A coroutine in a task that nobody but us knows of."""
-
-    def __init__(self, awaitable: Awaitable[T]) -> None:
-        loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[tuple[T | None, BaseException | None]] = asyncio.Task(
-            _outcome(awaitable), loop=loop, context=contextvars.copy_context()
-        )
-        # asyncio.run's teardown cancels all_tasks(): not this one. Documented for
-        # those who write task implementations ("Extending asyncio").
-        asyncio.tasks._unregister_task(self._task)
-        self._waiter = Waiter()
-        self._task.add_done_callback(lambda _: self._waiter.wake())
-        self._timer: asyncio.TimerHandle | None = None
-        self._expired = False
-
-    async def wait(self) -> T:
-        await self._waiter.wait()
-        if self._timer is not None:
-            self._timer.cancel()
-        value, error = self._task.result()
-        if error is not None:
-            if self._expired and isinstance(error, asyncio.CancelledError):
-                raise Expired from None
-            raise error
-        return value  # type: ignore[return-value]
-
-    def limit(self, when: float) -> None:
-        if self._timer is not None:
-            if self._timer.when() <= when:
-                return
-            self._timer.cancel()
-        loop = self._task.get_loop()
-        self._timer = loop.call_at(_loop_time(loop, when), self._cancel)
-
-    def _cancel(self) -> None:
-        self._expired = True
-        self._task.cancel()
-
-
-async def _outcome(awaitable: Awaitable[T]) -> tuple[T | None, BaseException | None]:
-    """A task that raises SystemExit or KeyboardInterrupt takes the loop down with it: ours not."""
-    try:
-        return await awaitable, None
-    except BaseException as exc:
-        return None, exc
-
-
-class _Thread(Generic[T]):
-    def __init__(self, fn: Callable[[], T]) -> None:
-        self._waiter = Waiter()
-        self._future = asyncio.get_running_loop().run_in_executor(None, fn)
-        self._future.add_done_callback(lambda _: self._waiter.wake())
-
-    async def wait(self) -> T:
-        await self._waiter.wait()
-        return self._future.result()
-
-    def limit(self, when: float) -> None:
-        self._waiter.limit(when)
-
-
 class Backend:
     """See `_backends.Backend`; one for each loop."""
 
@@ -403,6 +262,7 @@ class Backend:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._run_sync_soon = loop.call_soon_threadsafe
+        self.in_main_thread = current_thread() is main_thread()
 
     def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
         return Channel(pgconn, on_idle_input)
@@ -414,21 +274,31 @@ class Backend:
         self._run_sync_soon(fn, *args)
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        return _Task(fn())
+        return Task(fn())
 
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
-        return _Connecting(gen)
+        return Connecting(gen)
 
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
-        return _Thread(fn)
+        return Thread(fn)
 
-    async def checkpoint_if_cancelled(self) -> None:
-        """asyncio delivers a cancellation at the next real wait, and can't be asked before."""
+    def handler_to_restore(self, handler: Handler) -> Handler:
+        """asyncio.run's own SIGINT handler goes when its main task has ended.
 
+        Found in our hands at that moment it could not be taken back: put back
+        later it would outlive its loop, and the next `asyncio.run` not set its own.
+        """
+        if isinstance(handler, partial) and handler.func.__name__ == "_on_sigint":
+            main_task = handler.keywords.get("main_task")
+            if isinstance(main_task, asyncio.Future) and main_task.done():
+                return signal.default_int_handler
+        return handler
 
-def _loop_time(loop: asyncio.AbstractEventLoop, when: float) -> float:
-    # uvloop's clock stands still within a cycle: not the same as monotonic().
-    return loop.time() + max(0.0, when - monotonic())
+    async def checkpoint(self) -> None:
+        await asyncio.sleep(0)
+
+    def cancelled_now(self) -> bool:
+        return False
 
 
 _backends: WeakKeyDictionary[asyncio.AbstractEventLoop, Backend] = WeakKeyDictionary()

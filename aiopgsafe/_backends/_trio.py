@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Awaitable, Callable, Generator
+from math import inf
+from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import trio
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Job
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -255,6 +257,7 @@ class Backend:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        self.in_main_thread = current_thread() is main_thread()
 
     def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
         return Channel(pgconn, on_idle_input)
@@ -274,8 +277,14 @@ class Backend:
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         return _Thread(fn)
 
-    async def checkpoint_if_cancelled(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
+    def handler_to_restore(self, handler: Handler) -> Handler:
+        return handler
+
+    async def checkpoint(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def cancelled_now(self) -> bool:
+        return trio.current_effective_deadline() == -inf
 
 
 def _trio_time(when: float) -> float:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aiopgsafe")
 
+OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
@@ -34,10 +35,18 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
 
     _blocks: list[Transaction[Any]]
 
-    def _set_blocks(self, blocks: list[Transaction[Any]]) -> None:
-        self._blocks = blocks
-        # psycopg refuses commit(), set_autocommit() ... inside a block by this count.
-        self._num_transactions = len(blocks)
+    # psycopg refuses commit(), set_autocommit() ... inside a block by its count.
+
+    def _push_block(self, tx: Transaction[Any]) -> None:
+        self._blocks.append(tx)
+        self._num_transactions = len(self._blocks)
+
+    def _remove_block(self, tx: Transaction[Any]) -> None:
+        if self._blocks and self._blocks[-1] is tx:
+            self._blocks.pop()
+        elif tx in self._blocks:
+            self._blocks.remove(tx)
+        self._num_transactions = len(self._blocks)
 
     def _begin_command(self) -> bytes:
         return self._get_tx_start_command()
@@ -82,11 +91,16 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
-        result = yield from self._commands_gen([b"COMMIT"])
-        if result.command_status == b"ROLLBACK":
-            # Prepared statements may refer to what was created in the transaction.
-            yield from self._forget_prepared_gen()
-        check_tag(result.command_status)
+        if self._pipeline:
+            result = yield from self._pipelined_gen(b"COMMIT")
+        else:
+            result = cast("PGresult", (yield from self._exec_command(b"COMMIT")))
+        if (tag := result.command_status) != b"COMMIT":
+            try:
+                yield from self._forget_prepared_gen()
+            except psycopg.Error as exc:
+                logger.warning("error ignored after the rollback of %s: %s", self, exc)
+            check_tag(tag)
         return True
 
     def _commit_unit_gen(self, unit: Unit) -> PQGen[bool]:
@@ -106,14 +120,16 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
 
     def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
         """For the end of the outermost block."""
-        yield from self._sync_gen()
+        if self._pipeline or self.pgconn.status != OK:
+            yield from self._sync_gen()
         if self.pgconn.transaction_status == IDLE:
             unit.advance(TransactionState.COMMITTING)
             raise CommitUnknown(
                 "a statement inside the block ended its transaction (COMMIT or ROLLBACK):"
                 " the block can't know which"
             )
-        self._check_not_active()
+        if self.pgconn.transaction_status != INTRANS:
+            self._check_not_active()
         return (yield from self._send_commit_gen(unit))
 
     def _tpc_commit_gen(self, unit: Unit, xid: Xid | str | None) -> PQGen[bool]:

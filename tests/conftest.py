@@ -1,0 +1,98 @@
+"""Servers, event loops and connections for the tests. Each backend is a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psycopg
+import pytest
+
+from aiopgsafe import AsyncConnection
+from aiopgsafe.testing import FaultProxy, TemporaryServer, find_servers
+
+LOOPS = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+
+def one_for_each_version(bindirs: list[Path]) -> list[Path]:
+    """find_servers() lists the embedded server first: PostgreSQL 18, then what the system has."""
+    found: dict[int, Path] = {}
+    for bindir in bindirs:
+        found.setdefault(TemporaryServer(bindir=bindir).version, bindir)
+    return list(found.values())
+
+
+BINDIRS = one_for_each_version(find_servers())
+
+
+@pytest.fixture(params=list(LOOPS))
+def loop_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def anyio_backend(loop_name: str) -> tuple[str, dict[str, Any]]:
+    return LOOPS[loop_name]
+
+
+@pytest.fixture(
+    scope="session",
+    params=BINDIRS,
+    ids=[f"pg{TemporaryServer(bindir=bindir).version}" for bindir in BINDIRS],
+)
+def server(request: pytest.FixtureRequest) -> Iterator[TemporaryServer]:
+    settings = {"max_prepared_transactions": 10, "max_connections": 200}
+    with TemporaryServer(bindir=request.param, settings=settings) as server:
+        yield server
+
+
+@pytest.fixture
+def dsn(server: TemporaryServer) -> str:
+    """The server's, with an empty schema public."""
+    with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute("drop schema if exists public cascade")
+        admin.execute("create schema public")
+    return server.dsn
+
+
+@pytest.fixture
+def proxy(dsn: str) -> Iterator[FaultProxy]:
+    with FaultProxy(dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def conn(dsn: str, anyio_backend: object) -> AsyncIterator[AsyncConnection[Any]]:
+    conn = await AsyncConnection.connect(dsn)
+    yield conn
+    await conn.close()
+
+
+class Figures:
+    """What the tests measured, printed at the end of the run."""
+
+    rows: ClassVar[list[tuple[str, dict[str, object]]]] = []
+
+    def __init__(self, test: str) -> None:
+        self._test = test
+
+    def __call__(self, **figures: object) -> None:
+        self.rows.append((self._test, figures))
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Figures:
+    return Figures(request.node.name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if Figures.rows:
+        terminalreporter.section("figures")
+        for test, row in Figures.rows:
+            terminalreporter.line(f"{test}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
