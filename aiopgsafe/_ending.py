@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import psycopg
 
@@ -139,7 +139,7 @@ async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
     """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``."""
     channel = session._channel
     channel.start(gen, monotonic() + session.commit_timeout)
-    return cast("T", await shield.hold(channel))
+    return await shield.hold(channel)
 
 
 async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes]) -> None:

@@ -90,8 +90,11 @@ class EventLoop(Protocol):
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         """Run `fn` so that no cancellation of the caller reaches it."""
 
-    def handler_to_restore(self, handler: Handler) -> Handler:
-        """What to put back for a signal handler that was replaced a while ago."""
+    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
+        """Tells whether the loop would have reset a SIGINT handler of its own by now.
+
+        None if it isn't one of the loop's.
+        """
 
 
 class Shield:
@@ -122,26 +125,23 @@ class Shield:
         self._job = job
         if self._until is not None:
             job.limit(self._until)
-        try:
-            if self.held is None:
+        if self.held is None:
+            try:
+                return await job.wait()
+            except self.loop.interruptions as exc:
+                self.hold_back(exc)
+        # Who is interrupted once may be so at every await from now on: anyio
+        # re-cancels at each cycle of the loop, and deafness alone would spin.
+        # Inside a shielded scope it holds still; a native cancel() comes through
+        # even here and is absorbed. Entered only now: a scope costs more than the
+        # rest of the shield, and nearly nobody is interrupted.
+        with anyio.CancelScope(shield=True):
+            while True:
                 try:
                     return await job.wait()
-                except self.loop.interruptions as exc:
-                    self.hold_back(exc)
-            # Who is interrupted once may be so at every await from now on: anyio
-            # re-cancels at each cycle of the loop, and deafness alone would spin.
-            # Inside a shielded scope it holds still; a native cancel() comes
-            # through even here and is absorbed. Entered only now: a scope costs
-            # more than the rest of the shield, and nearly nobody is interrupted.
-            with anyio.CancelScope(shield=True):
-                while True:
-                    try:
-                        return await job.wait()
-                    except self.loop.interruptions:
-                        continue
-            raise AssertionError("the scope swallows nothing")
-        finally:
-            self._job = None
+                except self.loop.interruptions:
+                    continue
+        raise AssertionError("the scope swallows nothing")
 
     def hold_back(self, exc: BaseException) -> None:
         """Note an interruption; from now on `grace` limits what is waited for."""
@@ -156,7 +156,7 @@ class Shield:
 
     def _limit(self, when: float) -> None:
         self._until = when if self._until is None else min(when, self._until)
-        if self._job is not None:
+        if self._job is not None:  # one that has ended doesn't mind
             self._job.limit(self._until)
 
     async def call(self, fn: Callable[[], object], timeout: float) -> None:
@@ -207,6 +207,8 @@ class SignalGate:
         self._depth = 0
         self._shields: set[Shield] = set()
         self._saved: dict[int, Handler] = {}
+        self._outlived: dict[int, Callable[[], bool]] = {}
+        self._seen: list[Any] = []
         self._pending: list[int] = []
         self._first: dict[int, float] = {}
         self._waiting: list[Callable[[], object]] = []
@@ -226,18 +228,29 @@ class SignalGate:
         if self._pending and not ending and not _inside.get():
             return False
         if not self._depth:
-            hook = self._hook
-            for signum in DEFERRED_SIGNALS:
-                handler = getsignal(signum)
-                # SIG_DFL and SIG_IGN are integers; None was not set from Python.
-                if handler.__class__ is not int and handler is not hook and handler is not None:
-                    # Saved before it is replaced: a signal that arrives between
-                    # two lines of this loop is passed on by the hook (depth 0).
-                    self._saved[signum] = handler
-                    set_handler(signum, hook)
+            handlers = [*map(getsignal, DEFERRED_SIGNALS)]
+            if handlers != self._seen:
+                self._look_at(handlers, shield.loop)
+            # `_saved` is set before any is replaced: a signal that arrives between
+            # two turns of this loop is passed on by the hook (depth 0).
+            for signum in self._saved:
+                set_handler(signum, self._hook)
         self._depth += 1
         self._shields.add(shield)
         return True
+
+    def _look_at(self, handlers: list[Any], loop: EventLoop) -> None:
+        """The program has changed its handlers since the last section: which are Python's?"""
+        saved = {}
+        self._outlived = {}
+        for signum, handler in zip(DEFERRED_SIGNALS, handlers, strict=True):
+            if handler is self._hook:  # a section was torn while it began
+                handler = self._saved[signum]
+            if callable(handler):  # not SIG_DFL, SIG_IGN, or one set by other than Python
+                saved[signum] = handler
+                if (outlived := loop.outlived(handler)) is not None:
+                    self._outlived[signum] = outlived
+        self._saved, self._seen = saved, handlers
 
     def when_open(self, wake: Callable[[], object]) -> None:
         """Call `wake` when the pending signals have been delivered."""
@@ -258,17 +271,22 @@ class SignalGate:
         if self._depth:
             return None
         raised: BaseException | None = None
-        while self._saved or self._pending:
+        restored = False
+        while not restored or self._pending:
             # A handler that is back in place may raise between any two bytecodes
             # of this loop: it goes on where it was torn.
             try:
                 for signum, handler in self._saved.items():
                     # If not, the program has set another handler meanwhile.
                     if getsignal(signum) is self._hook:
-                        set_handler(signum, shield.loop.handler_to_restore(handler))
+                        outlived = self._outlived.get(signum)
+                        if outlived is not None and outlived():
+                            set_handler(signum, signal.default_int_handler)
+                        else:
+                            set_handler(signum, handler)
+                restored = True
                 if self._pending:
                     self._deliver()
-                self._saved.clear()
             except BaseException as exc:
                 raised = raised or exc
         if self._waiting:

@@ -114,8 +114,8 @@ class Backend(Protocol):
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
 
-    def handler_to_restore(self, handler: Handler) -> Handler:
-        """What to put back for a signal handler that was replaced a while ago."""
+    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
+        """Tells whether the loop would have reset a SIGINT handler of its own by now."""
 
     async def checkpoint(self) -> None:
         """Let the other tasks run, and be interrupted if that is due."""

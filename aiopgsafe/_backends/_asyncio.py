@@ -11,7 +11,6 @@ not disturb the protocol.
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from threading import current_thread, main_thread
@@ -282,17 +281,17 @@ class Backend:
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         return Thread(fn)
 
-    def handler_to_restore(self, handler: Handler) -> Handler:
-        """asyncio.run's own SIGINT handler goes when its main task has ended.
+    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
+        """asyncio.run resets its SIGINT handler when its main task has ended.
 
-        Found in our hands at that moment it could not be taken back: put back
-        later it would outlive its loop, and the next `asyncio.run` not set its own.
+        Found in our hands at that moment it is not reset: put back later it would
+        outlive its loop, and the next `asyncio.run` not set its own.
         """
         if isinstance(handler, partial) and handler.func.__name__ == "_on_sigint":
             main_task = handler.keywords.get("main_task")
-            if isinstance(main_task, asyncio.Future) and main_task.done():
-                return signal.default_int_handler
-        return handler
+            if isinstance(main_task, asyncio.Future):
+                return main_task.done
+        return None
 
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)

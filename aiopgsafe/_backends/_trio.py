@@ -277,8 +277,8 @@ class Backend:
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         return _Thread(fn)
 
-    def handler_to_restore(self, handler: Handler) -> Handler:
-        return handler
+    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
+        return None  # trio.run ends after all of its tasks
 
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()
