@@ -133,14 +133,13 @@ async def test_a_frozen_server_leaves_the_outcome_unknown_and_says_so(
         admin.execute("create table t (id int, what text)")
         proxy.inject(Freeze(), command_complete("COMMIT"))
         points, unknown, run = 0, 0, Run(0)
+        conn = await AsyncConnection.connect(proxy.dsn, commit_timeout=0.15, cancel_timeout=0.15)
 
         async def work() -> None:
             nonlocal run
             run = Run(run.id + 1)
-            nonlocal conn
             await transfer(conn, run)
 
-        conn = await AsyncConnection.connect(proxy.dsn, commit_timeout=0.15, cancel_timeout=0.15)
         sweep = CancelSweep(work, how=how)
         async for trial in sweep:
             where = f"point {trial.point}: {trial.where}"
