@@ -310,9 +310,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
             verdict = _outcome.COMMITTED
         except Expired:
             sent = True
-            verdict = unknown(
-                None, f"no answer to COMMIT within {session.commit_timeout:g} seconds"
-            )
+            verdict = unknown(None, _no_answer_in_time(session, section.shield))
         except BaseException as exc:
             if unit.state is not COMMITTING:
                 raise
@@ -327,7 +325,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
             if unit.callbacks:
                 section.callbacks = unit.take()
             if verdict.state is UNKNOWN:
-                session._drop(str(verdict.error))
+                session._drop("the outcome of its transaction is unknown")
         section.outcome = unit.state.value
 
 
@@ -351,6 +349,12 @@ async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> Non
         if unit is not None and unit.state is ACTIVE:
             unit.advance(ROLLED_BACK)
             section.callbacks = unit.take()
+
+
+def _no_answer_in_time(session: Session, shield: Shield) -> str:
+    if shield.insisted:
+        return "no answer to COMMIT before the program was told once more to stop"
+    return f"no answer to COMMIT within {session.commit_timeout:g} seconds"
 
 
 def no_answer(command: str, timeout: float) -> psycopg.OperationalError:

@@ -81,6 +81,10 @@ class EventLoop(Protocol):
         """Whether signal handlers can interrupt it: Python runs them in the main thread."""
 
     @property
+    def running(self) -> bool:
+        """Whether the loop runs: tasks of one that was stopped wait for nothing."""
+
+    @property
     def interruptions(self) -> tuple[type[BaseException], ...]:
         """The exceptions by which this loop interrupts a task that waits."""
 
@@ -105,11 +109,13 @@ class Shield:
         each job's own limit is all there is.
     """
 
-    __slots__ = ("_grace", "_job", "_until", "held", "loop")
+    __slots__ = ("_grace", "_job", "_until", "held", "insisted", "loop")
 
     def __init__(self, loop: EventLoop, *, grace: float | None = None) -> None:
         self.held: BaseException | None = None
         """The first interruption that was held back. Whoever ends the section raises it."""
+        self.insisted = False
+        """Whether a signal was repeated by somebody who would not wait."""
         self.loop = loop
         self._grace = grace
         self._job: Job[Any] | None = None
@@ -152,6 +158,7 @@ class Shield:
 
     def insist(self, when: float) -> None:
         """Let all waiting end at `when`. Called by a signal handler, between any two bytecodes."""
+        self.insisted = True
         self.loop.run_sync_soon(self._limit, when)
 
     def _limit(self, when: float) -> None:
@@ -211,6 +218,7 @@ class SignalGate:
         self._seen: list[Any] = []
         self._pending: list[int] = []
         self._first: dict[int, float] = {}
+        self._insisted: dict[int, float] = {}
         self._waiting: list[Callable[[], object]] = []
         # One object, so that `is` tells whether a signal is still ours.
         self._hook: Handler = self._on_signal
@@ -297,23 +305,30 @@ class SignalGate:
 
     def _deliver(self) -> None:
         self._first.clear()
+        self._insisted.clear()
         while self._pending:
             handler = self._saved[signum := self._pending.pop(0)]
             self.delivered = True
             handler(signum, sys._getframe())
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if not self._depth:
+        # Without a section, or with all of them stranded in a loop that stands
+        # still, there is nothing to wait for.
+        if not self._depth or not any(shield.loop.running for shield in self._shields):
             self._saved[signum](signum, frame)
             return
         now = monotonic()
-        self._pending.append(signum)
-        if signum in self._first:
-            when = max(now, self._first[signum] + INSIST_GRACE)
-            for shield in tuple(self._shields):
-                shield.insist(when)
-        else:
+        if signum not in self._first:
             self._first[signum] = now
+        elif signum not in self._insisted:
+            self._insisted[signum] = max(now, self._first[signum] + INSIST_GRACE)
+            for shield in tuple(self._shields):
+                shield.insist(self._insisted[signum])
+        elif now > self._insisted[signum] + INSIST_GRACE:
+            # The loop has not even ended the waiting: something blocks it.
+            self._saved[signum](signum, frame)
+            return
+        self._pending.append(signum)
 
 
 GATE = SignalGate()

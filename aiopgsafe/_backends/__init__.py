@@ -87,6 +87,10 @@ class Backend(Protocol):
         """Whether the loop runs in the main thread, where signal handlers are called."""
 
     @property
+    def running(self) -> bool:
+        """Whether the loop runs: tasks of one that was stopped wait for nothing."""
+
+    @property
     def interruptions(self) -> tuple[type[BaseException], ...]:
         """How this loop interrupts a task that waits."""
 

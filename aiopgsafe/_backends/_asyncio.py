@@ -16,7 +16,7 @@ from functools import partial
 from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job
 from ._asyncio_jobs import Connecting, Task, Thread, Waiter, loop_time
@@ -260,8 +260,14 @@ class Backend:
     interruptions = (asyncio.CancelledError,)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._run_sync_soon = loop.call_soon_threadsafe
+        # Weakly: the table of backends must not keep loops alive.
+        self._loop = ref(loop)
         self.in_main_thread = current_thread() is main_thread()
+
+    @property
+    def running(self) -> bool:
+        loop = self._loop()
+        return loop is not None and loop.is_running()
 
     def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
         return Channel(pgconn, on_idle_input)
@@ -270,7 +276,9 @@ class Backend:
         return Waiter()
 
     def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
-        self._run_sync_soon(fn, *args)
+        loop = self._loop()
+        if loop is not None:
+            loop.call_soon_threadsafe(fn, *args)
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         return Task(fn())

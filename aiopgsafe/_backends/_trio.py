@@ -259,6 +259,10 @@ class Backend:
         self._token = trio.lowlevel.current_trio_token()
         self.in_main_thread = current_thread() is main_thread()
 
+    @property
+    def running(self) -> bool:
+        return trio.lowlevel.in_trio_run()
+
     def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
         return Channel(pgconn, on_idle_input)
 
