@@ -14,6 +14,7 @@ from weakref import ref
 
 import psycopg
 from psycopg import IsolationLevel, Notify, errors, generators, pq
+from psycopg._capabilities import capabilities
 from psycopg._conninfo_utils import gssapi_requested
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo, timeout_from_conninfo
@@ -137,7 +138,11 @@ class AsyncConnection(StatementStopping[Row]):
         else:
             raise connect_error(failures)
 
-        if conn.pgconn.used_gssapi and not gssapi_requested(params):
+        if (
+            capabilities.has_used_gssapi()
+            and conn.pgconn.used_gssapi
+            and not gssapi_requested(params)
+        ):
             warnings.warn(
                 "the connection uses GSSAPI because of libpq's default 'gssencmode=prefer';"
                 " set 'gssencmode' or PGGSSENCMODE to 'prefer' or 'require' to rely on it",

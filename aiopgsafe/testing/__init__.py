@@ -8,10 +8,12 @@ The first two are synchronous and live in processes and threads of their own: th
 same beside asyncio, uvloop and trio, and out of reach of what is being tested.
 """
 
-from ._protocol import Message, command_complete, query
-from ._proxy import Cut, Delay, Fault, FaultProxy, Freeze, Stats
-from ._server import TemporaryServer, find_servers
+from ._faults import Cut, Delay, Fault, Freeze, Stats
+from ._protocol import Message, cancel_request, command_complete, query
+from ._proxy import FaultProxy
+from ._server import TemporaryServer
 from ._sweep import CancelSweep, Trial
+from ._system import find_servers
 
 __all__ = [
     "CancelSweep",
@@ -24,6 +26,7 @@ __all__ = [
     "Stats",
     "TemporaryServer",
     "Trial",
+    "cancel_request",
     "command_complete",
     "find_servers",
     "query",
