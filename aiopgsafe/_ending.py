@@ -26,6 +26,7 @@ __all__ = [
     "Section",
     "Session",
     "Unit",
+    "acquire_shielded",
     "commit",
     "no_answer",
     "roll_back",
@@ -142,6 +143,27 @@ async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
     return await shield.hold(channel)
 
 
+async def acquire_shielded(session: Session, shield: Shield) -> None:
+    """Take the connection's lock, deaf, after whoever has it; after ``commit_timeout`` by force."""
+    lock = session.lock
+    if lock.try_acquire():
+        return
+    while True:
+        waiter = lock.enqueue()
+        waiter.limit(monotonic() + session.commit_timeout)
+        try:
+            await shield.hold(waiter)
+            return
+        except Expired:
+            # The statement that has it ends with the connection, and so does what
+            # we have to end.
+            lock.withdraw(waiter)
+            session._drop("the connection was busy when its transaction had to end")
+        except BaseException:
+            lock.withdraw(waiter)
+            raise
+
+
 async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes]) -> None:
     """Undo on the server, or let the connection go: either way nothing stays.
 
@@ -222,21 +244,11 @@ class Section:
                 lock.release()
                 raise
             return
-        while True:
-            waiter = lock.enqueue()
-            waiter.limit(monotonic() + self._session.commit_timeout)
-            try:
-                await self.shield.hold(waiter)
-                return
-            except Expired:
-                # The statement that has it ends with the connection, and the
-                # transaction too.
-                lock.withdraw(waiter)
-                self._session._drop("the connection was busy when its transaction had to end")
-            except BaseException:
-                lock.withdraw(waiter)
-                GATE.leave(self.shield)
-                raise
+        try:
+            await acquire_shielded(self._session, self.shield)
+        except BaseException:
+            GATE.leave(self.shield)
+            raise
 
     async def __aexit__(
         self,

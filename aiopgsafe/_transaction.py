@@ -255,15 +255,21 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> bool:
-        if exc is not None or self.force_rollback:
+        if exc is not None or (self.force_rollback and not self.pgconn.pipeline_status):
             swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
             await self._roll_back(exc, going_through=None if swallowed else exc)
             return swallowed
         session, unit = self._session, self._unit
         try:
+            if self.pgconn.pipeline_status:
+                # What its statements say counts as raised in the block.
+                async with session.lock:
+                    await self.connection.wait(session._sync_gen())
             if (error := self._nesting_error()) is not None:
                 raise error
-            if self._is_savepoint:
+            if self.force_rollback:
+                await self._roll_back(None, going_through=None)
+            elif self._is_savepoint:
                 await self._release()
             else:
                 await commit(session, unit, session._block_commit_gen(unit))
@@ -275,7 +281,8 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         finally:
             if not self._is_savepoint:
                 session._remove_block(self)
-                self.status = _STATUS[unit.state]
+                if self.status is self.Status.ACTIVE:
+                    self.status = _STATUS[unit.state]
         return False
 
     async def _release(self) -> None:

@@ -79,6 +79,7 @@ class Channel:
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
+        self._forget_future()
         self._future = self._loop.create_future()
         self._gen = gen
         self._limit = None
@@ -130,14 +131,22 @@ class Channel:
                 self._future.set_exception(Expired())
 
     def extend(self, when: float) -> None:
-        self._expired = False
+        if self._expired:
+            self._expired = False
+            self._forget_future()
         self._limit = None
-        self._future = None
         self.limit(when)
 
     def abandon(self) -> None:
         self._gen = None
-        self._future = None
+        self._forget_future()
+
+    def _forget_future(self) -> None:
+        future, self._future = self._future, None
+        if future is not None and future.done() and not future.cancelled():
+            # Nobody waits for it any more, an interruption came first: without
+            # this asyncio would log that its exception was never retrieved.
+            future.exception()
 
     def close(self, error: BaseException) -> None:
         self._leave()

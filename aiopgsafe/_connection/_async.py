@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
 from types import TracebackType
@@ -27,8 +28,10 @@ from .._ending import Section, Unit, commit, rollback
 from .._outcome import TransactionState
 from .._transaction import Transaction
 from ._connecting import attempts, check_timeout, connect_error
+from ._cursor import AsyncServerCursor
 from ._generators import begin_command
 from ._messages import on_notice, on_notify, take_idle_input
+from ._pipeline import Pipeline
 from ._stopping import StatementStopping
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ class AsyncConnection(StatementStopping[Row]):
         super().__init__(pgconn, row_factory)
         self._backend = _backends.current()
         self.lock = Lock(self._backend.waiter)
+        self.server_cursor_factory = AsyncServerCursor
         # Neither the channel nor libpq's handlers refer to the connection: it
         # stays collectable while the event loop knows its channel.
         self._channel = self._backend.channel(pgconn, partial(take_idle_input, pgconn))
@@ -187,6 +191,15 @@ class AsyncConnection(StatementStopping[Row]):
                 raise
             await self._stop_statement(exc, gen)
             raise
+
+    @asynccontextmanager
+    async def pipeline(self) -> AsyncIterator[psycopg.AsyncPipeline]:
+        """Switch the connection into pipeline mode for a block."""
+        self._check_connection_ok()
+        if self._pipeline is None:
+            self._pipeline = Pipeline(self)
+        async with self._pipeline as pipeline:
+            yield pipeline
 
     # Ending transactions
 

@@ -60,22 +60,48 @@ class StatementStopping(EndingGenerators[Row]):
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
             return
+        name = getattr(gen, "__name__", "")
         deadline = monotonic() + self.cancel_timeout
-        pause = FIRST_PAUSE
         try:
-            while self._in_progress():
-                await self._send_cancel(shield, deadline)
-                self._channel.extend(min(monotonic() + pause, deadline))
-                try:
-                    await shield.hold(self._channel)
-                except Expired:
-                    pause *= 2
-                    if monotonic() >= deadline:
-                        raise
-                except psycopg.Error as exc:
-                    logger.debug("interrupted statement on %s: %s", self, exc)
+            await self._cancel_until_ended(shield, deadline)
+            if (rest := self._rest_gen(name)) is not None:
+                self._channel.start(rest)
+                await self._cancel_until_ended(shield, deadline)
         except Expired:
             self._drop(f"a cancelled statement did not end within {self.cancel_timeout:g} seconds")
+
+    async def _cancel_until_ended(self, shield: Shield, deadline: float) -> None:
+        """Cancel on the server what the channel drives, again and again until it has ended."""
+        pause = FIRST_PAUSE
+        ended = False
+        while not ended:
+            if self._channel.driving:
+                await self._send_cancel(shield, deadline)
+            self._channel.extend(min(monotonic() + pause, deadline))
+            try:
+                await shield.hold(self._channel)
+                ended = True
+            except Expired:
+                pause *= 2
+                if monotonic() >= deadline:
+                    raise
+            except Exception as exc:
+                # QueryCanceled, mostly. The interruption is what counts.
+                logger.debug("interrupted statement on %s: %r", self, exc)
+                ended = True
+
+    def _rest_gen(self, interrupted: str) -> PQGen[None] | None:
+        """Takes what is still to come of a statement whose generator has ended before it.
+
+        The generator wanted one row only (`stream()`), or an exception of a signal
+        handler hit it. A COPY that has just begun has no block yet that would end
+        it; one that has, and pipelines, have endings of their own.
+
+        :param interrupted: the generator's name.
+        """
+        if self.closed or self._pipeline or self.pgconn.transaction_status != ACTIVE:
+            return None
+        return self._end_copy_gen() if interrupted == "_start_copy_gen" else self._drain_gen()
 
     async def _finish_ending(
         self, shield: Shield, interruption: BaseException, cursor: psycopg.AsyncCursor[Any]
@@ -91,23 +117,17 @@ class StatementStopping(EndingGenerators[Row]):
             said = str(exc)
         interruption.add_note(f"aiopgsafe: the statement was waited for, the server said: {said}")
 
-    def _in_progress(self) -> bool:
-        """Whether something of a statement is still to come. Starts to take it if nobody does."""
-        if self.closed:
-            return False
-        if self._channel.driving:
-            return True
-        # Its generator is gone (a KeyboardInterrupt hit it) or wanted one row
-        # only (stream()). COPY and pipelines have endings of their own.
-        if self._pipeline is None and self.pgconn.transaction_status == ACTIVE:
-            self._channel.start(self._drain_gen())
-            return self._channel.driving
-        return False
-
     def _drain_gen(self) -> PQGen[None]:
         while (result := (yield from generators.fetch(self.pgconn))) is not None:
             if result.status in COPYING:
                 return
+
+    def _end_copy_gen(self) -> PQGen[None]:
+        copy = self.pgconn.get_result()  # of which there are any number, in COPY mode
+        if copy is not None and copy.status == pq.ExecStatus.COPY_IN:
+            yield from generators.copy_end(self.pgconn, b"the task was interrupted")
+        while isinstance((yield from generators.copy_from(self.pgconn)), memoryview):
+            continue
 
     async def _send_cancel(self, shield: Shield, deadline: float) -> None:
         """Have the server take a cancel request, or fail to: both are for the caller's loop."""

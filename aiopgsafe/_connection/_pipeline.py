@@ -1,0 +1,46 @@
+"""Pipelines that are left wherever their block is interrupted."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import psycopg
+
+from .._ending import acquire_shielded
+from .._shield import Shield
+
+if TYPE_CHECKING:
+    from .._ending import Session
+
+logger = logging.getLogger("aiopgsafe")
+
+
+class Pipeline(psycopg.AsyncPipeline):
+    """psycopg's. Leaving it takes the lock deaf: left in pipeline mode nothing else would work."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        conn: psycopg.AsyncConnection[Any] = self._conn
+        shield = Shield(cast("Session", conn)._backend)
+        await acquire_shielded(cast("Session", conn), shield)
+        try:
+            # Interrupted, it cancels what runs and takes all results all the same.
+            await conn.wait(self._exit_gen())
+        except Exception as exc:
+            # As psycopg: it must not hide what goes through the block.
+            if exc_val is None and shield.held is None:
+                raise exc.with_traceback(None) from exc.__cause__
+            logger.warning("error ignored terminating %r: %s", self, exc)
+        finally:
+            self._exit(exc_val or shield.held)
+            if self.level == 0:
+                conn._pipeline = None
+            conn.lock.release()
+        if shield.held is not None:
+            raise shield.held
