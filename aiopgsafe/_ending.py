@@ -323,6 +323,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
         except Expired:
             sent = True
             verdict = unknown(None, _no_answer_in_time(session, section.shield))
+            session._drop("no answer to COMMIT")
         except BaseException as exc:
             if unit.state is not COMMITTING:
                 raise
@@ -331,13 +332,13 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
                 session._drop("nobody waits for the answer to COMMIT")
                 raise
             sent, verdict = True, verdict_of_error(exc)
+            if verdict.state is UNKNOWN and verdict.error is not exc:
+                session._drop("it was lost while COMMIT was in flight")
         if sent:
             unit.advance(verdict.state)
             section.error = verdict.error
             if unit.callbacks:
                 section.callbacks = unit.take()
-            if verdict.state is UNKNOWN:
-                session._drop("the outcome of its transaction is unknown")
         section.outcome = unit.state.value
 
 

@@ -279,10 +279,12 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 await self._roll_back(exc, going_through=exc)
             raise
         finally:
-            if not self._is_savepoint:
-                session._remove_block(self)
-                if self.status is self.Status.ACTIVE:
-                    self.status = _STATUS[unit.state]
+            session._remove_block(self)
+            if self.status is self.Status.ACTIVE:
+                self.status = _STATUS[unit.state]
+            if self._state is ACTIVE and not self._released:
+                # What is around the savepoint ended before it, out of order.
+                self._state = unit.state
         return False
 
     async def _release(self) -> None:

@@ -150,9 +150,6 @@ class Channel:
 
     def close(self, error: BaseException) -> None:
         self._leave()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._gen is not None:
             self._end(None, error)
 
@@ -173,6 +170,9 @@ class Channel:
         return self._gen is not None
 
     def _leave(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self.closed:
             self.closed = True
             if not self._loop.is_closed():
@@ -186,16 +186,26 @@ class Channel:
 
     def _on_readable(self) -> None:
         self._last_yield = 0.0
-        if self._gen is not None:
-            self._advance(READ)
+        if self._gen is None:
+            self._on_unasked()
             return
-        if not self._on_idle_input():
-            # For a statement that is in progress but doesn't wait just now: the
-            # kernel keeps it. Left registered, the loop would spin on it.
-            self._loop.remove_reader(self._fd)
-            self._reading = False
-        elif self._pgconn.status == CONNECTION_BAD:
-            self._leave()
+        self._advance(READ)
+        # At an error of the socket uvloop calls back once and watches no more:
+        # what is behind the input that has been read is then for us to find.
+        while self._gen is not None and self._readiness.failed():
+            self._advance(READ)
+
+    def _on_unasked(self) -> None:
+        while self._on_idle_input():
+            if self._pgconn.status == CONNECTION_BAD:
+                self._leave()
+                return
+            if not self._readiness.failed():
+                return
+        # For a statement that is in progress but doesn't wait just now: the kernel
+        # keeps it. Left registered, the loop would spin on it.
+        self._loop.remove_reader(self._fd)
+        self._reading = False
 
     def _on_writable(self) -> None:
         self._loop.remove_writer(self._fd)

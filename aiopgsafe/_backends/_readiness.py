@@ -27,3 +27,7 @@ class Readiness:
             if events & select.POLLOUT:
                 ready |= WRITE
         return ready & want
+
+    def failed(self) -> bool:
+        """Whether the socket is in error or has been hung up."""
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in self._poll(0))

@@ -60,6 +60,10 @@ class StatementStopping(EndingGenerators[Row]):
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
             return
+        if self.pgconn.transaction_status != ACTIVE:
+            # It waited for something else: notifies().
+            self._channel.abandon()
+            return
         name = getattr(gen, "__name__", "")
         deadline = monotonic() + self.cancel_timeout
         try:
