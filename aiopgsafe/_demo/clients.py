@@ -1,0 +1,249 @@
+"""The clients: what they do, and what they are told about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import anyio
+import psycopg
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from .. import AsyncConnection, TransactionState
+from .bank import Bank, Transfer
+from .cancelling import Way
+from .wires import Wires
+
+OPEN_TIMEOUT = 10.0
+"""Seconds for a pool to open its connections."""
+
+POOL_TIMEOUT = 5.0
+"""Seconds for a client to get a connection."""
+
+SETTLE_TIMEOUT = 2.0
+"""Seconds for a pool to be complete again when its clients have finished."""
+
+CALM_START = 3
+"""How many transfers of each client nobody cancels, so that we know what they take."""
+
+
+@dataclass
+class Note:
+    """What a client knows of a transfer.
+
+    :ivar ending: how the transaction's block ended: "" if it never began.
+    :ivar told_committed: how many times the client was told that it is committed.
+    :ivar state: of the transaction, if the library has such a thing.
+    """
+
+    transfer: Transfer
+    ending: Literal["", "normal", "cancelled", "failed"] = ""
+    told_committed: int = 0
+    state: TransactionState | None = None
+
+
+@dataclass
+class Book:
+    """The notes of all clients, by the transfers' ids.
+
+    :ivar unexpected: exceptions that are no cancellation and no lost connection: how many.
+    :ivar finished: clients that have come to their end.
+    :ivar cancelled: transfers that ended with a cancellation.
+    :ivar usual_time: seconds that a transfer takes when nobody cancels it.
+    :ivar started: `time.monotonic()` when the clients began; None: they haven't.
+    """
+
+    notes: dict[str, Note] = field(default_factory=dict)
+    unexpected: dict[str, int] = field(default_factory=dict)
+    finished: int = 0
+    cancelled: int = 0
+    usual_time: float = 0.0
+    started: float | None = None
+
+    def note_committed(self, transfer_id: str) -> None:
+        self.notes[transfer_id].told_committed += 1
+
+    def note_error(self, error: Exception) -> None:
+        if isinstance(error, psycopg.OperationalError) and not isinstance(error, PoolTimeout):
+            return  # the server process was killed
+        name = f"{type(error).__name__}: {error}"
+        self.unexpected[name] = self.unexpected.get(name, 0) + 1
+
+    def note_time(self, seconds: float) -> None:
+        # A moving average: what a transfer takes changes with what the others do.
+        self.usual_time += (seconds - self.usual_time) * (0.1 if self.usual_time else 1.0)
+
+
+class Library(Protocol):
+    """How one side moves money: as its users write it."""
+
+    async def transfer(self, conn: Any, transfer: Transfer, bank: Bank, book: Book) -> None: ...
+
+
+class Psycopg:
+    """psycopg has no callbacks: what is to follow a COMMIT stands behind the block."""
+
+    async def transfer(
+        self, conn: psycopg.AsyncConnection[Any], transfer: Transfer, bank: Bank, book: Book
+    ) -> None:
+        async with conn.transaction():
+            await bank.move(conn, transfer)
+        book.note_committed(transfer.id)
+
+
+class Aiopgsafe:
+    async def transfer(
+        self, conn: AsyncConnection[Any], transfer: Transfer, bank: Bank, book: Book
+    ) -> None:
+        block = conn.transaction()
+        try:
+            async with block as tx:
+                tx.on_commit(book.note_committed, transfer.id)
+                await bank.move(conn, transfer)
+        finally:
+            book.notes[transfer.id].state = block.state
+
+
+class Source(Protocol):
+    """Where clients get their connections."""
+
+    def connection(self, client: int) -> AbstractAsyncContextManager[Any]: ...
+
+    async def settle(self) -> int:
+        """Replace the connections that were killed; how many places remain without one."""
+
+
+class Pool:
+    """psycopg's own pool, with a place for each client."""
+
+    def __init__(self, pool: AsyncConnectionPool[Any], size: int) -> None:
+        self._pool = pool
+        self._size = size
+
+    def connection(self, client: int) -> AbstractAsyncContextManager[Any]:
+        return self._pool.connection()
+
+    async def settle(self) -> int:
+        deadline = time.monotonic() + SETTLE_TIMEOUT
+        while True:
+            await self._pool.check()
+            available = self._pool.get_stats()["pool_available"]
+            if available == self._size or time.monotonic() > deadline:
+                return self._size - available
+            await anyio.sleep(0.01)
+
+
+@asynccontextmanager
+async def open_pool(kind: type[Any], wires: Wires, size: int) -> AsyncIterator[Source]:
+    async def conninfo() -> str:
+        return wires.new()
+
+    pool = AsyncConnectionPool(
+        conninfo,
+        connection_class=kind,
+        min_size=size,
+        max_size=size,
+        timeout=POOL_TIMEOUT,
+        open=False,
+    )
+    # Interrupted, it would leave workers behind that let nobody cancel them.
+    with anyio.CancelScope(shield=True):
+        await pool.open(wait=True, timeout=OPEN_TIMEOUT)
+    try:
+        yield Pool(pool, size)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await pool.close()
+
+
+class OneEach:
+    """A connection for each client, replaced when it is closed. On trio, which has no pool yet."""
+
+    def __init__(self, wires: Wires, size: int) -> None:
+        self._wires = wires
+        self._connections: list[AsyncConnection[Any] | None] = [None] * size
+
+    @asynccontextmanager
+    async def connection(self, client: int) -> AsyncIterator[AsyncConnection[Any]]:
+        conn = self._connections[client]
+        if conn is None or conn.closed:
+            conn = self._connections[client] = await AsyncConnection.connect(self._wires.new())
+        yield conn
+
+    async def settle(self) -> int:
+        for client in range(len(self._connections)):
+            try:
+                async with self.connection(client) as conn, conn.transaction():
+                    await conn.execute("SELECT 1")
+            except psycopg.OperationalError:
+                async with self.connection(client):
+                    pass
+        return 0
+
+    async def close(self) -> None:
+        for conn in self._connections:
+            if conn is not None:
+                await conn.close()
+
+
+@asynccontextmanager
+async def open_one_each(wires: Wires, size: int) -> AsyncIterator[Source]:
+    source = OneEach(wires, size)
+    try:
+        for client in range(size):
+            async with source.connection(client):
+                pass
+        yield source
+    finally:
+        with anyio.CancelScope(shield=True):
+            await source.close()
+
+
+async def run_client(
+    number: int,
+    library: Library,
+    source: Source,
+    transfers: Iterator[Transfer],
+    ways: dict[str, Way],
+    bank: Bank,
+    book: Book,
+    until: float,
+) -> None:
+    """Move money until it is late.
+
+    Only the transaction is cancelled: psycopg's pool, which serves both sides, loses connections
+    when one is cancelled while it takes or returns them, whatever their class.
+
+    :param until: `time.monotonic()`.
+    """
+
+    async def work(conn: Any, note: Note) -> None:
+        started = time.monotonic()
+        try:
+            await library.transfer(conn, note.transfer, bank, book)
+        except anyio.get_cancelled_exc_class():
+            note.ending = "cancelled"
+            book.cancelled += 1
+            raise
+        except Exception as error:
+            note.ending = "failed"
+            book.note_error(error)
+        else:
+            note.ending = "normal"
+            book.note_time(time.monotonic() - started)
+
+    for count, transfer in enumerate(transfers):
+        if time.monotonic() >= until:
+            break
+        note = book.notes[transfer.id] = Note(transfer)
+        delay = None if count < CALM_START else transfer.moment * book.usual_time
+        try:
+            async with source.connection(number) as conn:
+                await ways[transfer.kind](partial(work, conn, note), delay)
+        except Exception as error:
+            book.note_error(error)
+    book.finished += 1

@@ -1,0 +1,75 @@
+"""The command line: commands and their options, no more. Needs the extra `demo`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Loop(StrEnum):
+    """The event loops that aiopgsafe runs on."""
+
+    asyncio = "asyncio"
+    uvloop = "uvloop"
+    trio = "trio"
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def aiopgsafe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """PostgreSQL for asyncio and trio, with COMMITs that nothing can tear."""
+
+
+@app.command()
+def demo(
+    loop: Annotated[Loop, typer.Option(help="The event loop to run on.")] = Loop.asyncio,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=3600.0, help="For how long each side moves money.")
+    ] = 12.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the random choices. Default: another one each time.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients.")] = 10,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all figures there; - for standard output."),
+    ] = None,
+    dsn: Annotated[
+        str | None,
+        typer.Option(
+            help="A server of yours instead of a temporary one. The demo works in schemas of its"
+            " own names, drops them at the end, and touches nothing else.",
+        ),
+    ] = None,
+) -> None:
+    """Move money while tasks are cancelled: psycopg's own pool and connection beside ours.
+
+    COMMIT's answers come 20 ms late, every transfer is cancelled at a random moment, and from
+    time to time a server process is killed. Then what each client believes is compared with
+    what is in the tables.
+
+    Exit status: 0 if aiopgsafe's clients knew the truth throughout, 1 if not, 2 if the demo
+    could not be run.
+    """
+    from ._demo import Options, main
+
+    options = Options(loop=loop.value, seconds=seconds, seed=seed, clients=clients, dsn=dsn)
+    raise typer.Exit(main(options, json))
