@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
-__all__ = ["GATE", "Expired", "Job", "Shield"]
+__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -92,7 +92,10 @@ class EventLoop(Protocol):
         """Call `fn` in the loop; may be called from a signal handler."""
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        """Run `fn` so that no cancellation of the caller reaches it."""
+        """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
+
+        At its limit it is cancelled.
+        """
 
     def outlived(self, handler: Handler) -> Callable[[], bool] | None:
         """Tells whether the loop would have reset a SIGINT handler of its own by now.

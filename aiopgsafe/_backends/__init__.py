@@ -13,10 +13,10 @@ write, 3 either.
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from .._shield import Expired, Handler, Job
+from .._shield import EventLoop, Expired, Handler, Job
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -79,35 +79,14 @@ class Waiter(Job[None], Protocol):
         """End the waiting; before `wait()` too. From the loop's thread."""
 
 
-class Backend(Protocol):
-    """The running event loop."""
-
-    @property
-    def in_main_thread(self) -> bool:
-        """Whether the loop runs in the main thread, where signal handlers are called."""
-
-    @property
-    def running(self) -> bool:
-        """Whether the loop runs: tasks of one that was stopped wait for nothing."""
-
-    @property
-    def interruptions(self) -> tuple[type[BaseException], ...]:
-        """How this loop interrupts a task that waits."""
+class Backend(EventLoop, Protocol):
+    """The running event loop: what a shield needs of it, and what connections do."""
 
     def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
         """Bring a connection into the loop."""
 
     def waiter(self) -> Waiter:
         """A new one."""
-
-    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
-        """Call `fn` in the loop's thread soon; safe in signal handlers and other threads."""
-
-    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
-
-        At its limit it is cancelled.
-        """
 
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
         """Drive `gen`, which yields (descriptor, readiness): connecting and cancelling.
@@ -117,9 +96,6 @@ class Backend(Protocol):
 
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
-
-    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
-        """Tells whether the loop would have reset a SIGINT handler of its own by now."""
 
     async def checkpoint(self) -> None:
         """Let the other tasks run, and be interrupted if that is due."""

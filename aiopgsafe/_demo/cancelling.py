@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 import anyio
 
-Work: TypeAlias = Callable[[], Awaitable[None]]
-"""What is cancelled. It handles its own errors: only cancellations come out."""
+from . import native
+from .native import Work
 
 Way: TypeAlias = Callable[[Work, float | None], Awaitable[None]]
 """Does the work, and cancels it after so many seconds (None: never) if it isn't done by then."""
@@ -39,8 +39,6 @@ def ways_of(loop: str) -> dict[str, Way]:
     """The ways that a loop has ("asyncio", "uvloop", "trio"), by the names shown to people."""
     if loop == "trio":
         return {"scope.cancel()": scope_cancel, "move_on_after()": scope_deadline}
-    from . import native
-
     return {
         "task.cancel()": native.task_cancel,
         "scope.cancel()": scope_cancel,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import anyio
 
-from .cancelling import Work
+Work: TypeAlias = Callable[[], Awaitable[None]]
+"""What is cancelled. It handles its own errors: only cancellations come out."""
 
 
 async def task_cancel(work: Work, delay: float | None) -> None:
