@@ -30,6 +30,24 @@ def one_for_each_version(bindirs: list[Path]) -> list[Path]:
 BINDIRS = one_for_each_version(find_servers())
 
 
+HOWS = {
+    "asyncio": ("edge", "edge-late", "edge-repeated", "timeout", "level"),
+    "uvloop": ("edge", "edge-late", "edge-repeated", "timeout", "level"),
+    "trio": ("level",),
+}
+"""The ways in which each loop cancels, for `CancelSweep`."""
+
+
+def sweeps(*hows: str) -> list[Any]:
+    """Parameters ("loop_name", "how"): each loop with each way that it has, or those of `hows`."""
+    return [
+        pytest.param(loop, how)
+        for loop, ways in HOWS.items()
+        for how in ways
+        if not hows or how in hows
+    ]
+
+
 @pytest.fixture(params=list(LOOPS))
 def loop_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param

@@ -13,15 +13,10 @@ from psycopg.pq import TransactionStatus
 
 from aiopgsafe import AsyncConnection, Transaction, TransactionState
 from aiopgsafe.testing import CancelSweep, Delay, FaultProxy, Freeze, Trial, command_complete
-from tests.conftest import Figures
+from tests.conftest import Figures, sweeps
 
 pytestmark = pytest.mark.anyio
 
-HOWS = {
-    "asyncio": ("edge", "edge-late", "edge-repeated", "timeout", "level"),
-    "uvloop": ("edge", "edge-late", "edge-repeated", "timeout", "level"),
-    "trio": ("level",),
-}
 CANCELLATIONS = ("CancelledError", "Cancelled", "TimeoutError")
 
 
@@ -76,10 +71,6 @@ def check(admin: psycopg.Connection[Any], run: Run, trial: Trial[None]) -> None:
             assert "the transaction is committed" in notes
         elif run.registered:
             assert "the transaction is rolled back" in notes
-
-
-def sweeps() -> list[Any]:
-    return [pytest.param(loop, how) for loop, hows in HOWS.items() for how in hows]
 
 
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())

@@ -11,8 +11,7 @@ from psycopg.pq import TransactionStatus
 
 from aiopgsafe import AsyncConnection, Transaction
 from aiopgsafe.testing import CancelSweep, Delay, FaultProxy, command_complete
-from tests.conftest import Figures
-from tests.test_commit_sweep import sweeps
+from tests.conftest import Figures, sweeps
 
 pytestmark = pytest.mark.anyio
 

@@ -10,14 +10,12 @@ import anyio.lowlevel
 import pytest
 
 from aiopgsafe.testing import CancelSweep
-from tests.test_commit_sweep import HOWS
+from tests.conftest import sweeps
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.mark.parametrize(
-    ("loop_name", "how"), [(loop, how) for loop, hows in HOWS.items() for how in hows]
-)
+@pytest.mark.parametrize(("loop_name", "how"), sweeps())
 async def test_every_suspension_point_is_cancelled_once_and_the_last_run_completes(
     how: Any,
 ) -> None:

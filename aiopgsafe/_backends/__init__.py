@@ -16,13 +16,15 @@ import sys
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from psycopg import InterfaceError
+
 from .._shield import EventLoop, Expired, Handler, Job
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn
 
-__all__ = ["Backend", "Channel", "Expired", "Handler", "Job", "Waiter", "current"]
+__all__ = ["Backend", "Channel", "Expired", "Handler", "Job", "OtherLoop", "Waiter", "current"]
 
 T = TypeVar("T")
 
@@ -31,6 +33,13 @@ MAX_BUSY = 0.005
 
 CONNECTION_BAD = 1
 """`psycopg.pq.ConnStatus.BAD`."""
+
+
+class OtherLoop(InterfaceError):
+    """The connection is used in another event loop than the one that it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection belongs to another event loop: connect in this one")
 
 
 class Channel(Job[Any], Protocol):
@@ -45,7 +54,7 @@ class Channel(Job[Any], Protocol):
     def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None: ...
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
-        """Begin to drive `gen`; `wait()` then gives its result."""
+        """Begin to drive `gen`; `wait()` then gives its result. `OtherLoop` in another loop."""
 
     def extend(self, when: float) -> None:
         """After `Expired`: let the same generator have until `when` instead."""

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
 from ._asyncio_jobs import Connecting, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
@@ -77,6 +77,8 @@ class Channel:
         self._reading = True
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise OtherLoop
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         self._forget_future()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import trio
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Channel(_Limited):
 
     def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None:
         super().__init__()
+        self._token = trio.lowlevel.current_trio_token()
         self._pgconn = pgconn
         self._fd = pgconn.socket
         self._gen: PQGen[Any] | None = None
@@ -81,6 +82,8 @@ class Channel(_Limited):
         self.closed = False
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        if trio.lowlevel.current_trio_token() is not self._token:
+            raise OtherLoop
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         self._gen = gen
