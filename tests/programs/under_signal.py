@@ -122,6 +122,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background may ignore it, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if LOOP == "asyncio":
         asyncio.run(main())
     elif LOOP == "uvloop":
