@@ -15,7 +15,7 @@ from . import _outcome
 from ._backends import Backend, Channel, Expired
 from ._backends._lock import Lock
 from ._outcome import TransactionState, unknown, verdict_of_error
-from ._shield import GATE, Shield
+from ._shield import GATE, INSIST_GRACE, Shield
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -112,10 +112,12 @@ class Unit:
     belongs to the connection and is settled by its `commit()` or `rollback()`.
     """
 
-    __slots__ = ("callbacks", "state")
+    __slots__ = ("callbacks", "prepared", "state")
 
     def __init__(self, state: TransactionState = PENDING) -> None:
         self.state = state
+        self.prepared = False
+        """In two phases, and through the first: it outlives its session."""
         self.callbacks: list[Callback] = []
 
     def advance(self, state: TransactionState) -> None:
@@ -143,25 +145,28 @@ async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
     return await shield.hold(channel)
 
 
-async def acquire_shielded(session: Session, shield: Shield) -> None:
-    """Take the connection's lock, deaf, after whoever has it; after ``commit_timeout`` by force."""
+async def acquire_shielded(session: Session, shield: Shield) -> bool:
+    """Take the connection's lock, deaf, after whoever has it. False: closed instead.
+
+    Who has it may never give it back: a `stream()` that is kept, half read. After
+    ``commit_timeout`` (an interrupted task: ``cancel_timeout``) the connection is
+    closed. Then there is nothing left that the lock would guard.
+    """
     lock = session.lock
     if lock.try_acquire():
-        return
-    while True:
-        waiter = lock.enqueue()
-        waiter.limit(monotonic() + session.commit_timeout)
-        try:
-            await shield.hold(waiter)
-            return
-        except Expired:
-            # The statement that has it ends with the connection, and so does what
-            # we have to end.
-            lock.withdraw(waiter)
-            session._drop("the connection was busy when its transaction had to end")
-        except BaseException:
-            lock.withdraw(waiter)
-            raise
+        return True
+    waiter = lock.enqueue()
+    waiter.limit(monotonic() + session.commit_timeout)
+    try:
+        await shield.hold(waiter)
+    except Expired:
+        lock.withdraw(waiter)
+        session._drop("the connection was busy when its transaction had to end")
+        return False
+    except BaseException:
+        lock.withdraw(waiter)
+        raise
+    return True
 
 
 async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes]) -> None:
@@ -176,8 +181,10 @@ async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes])
         await run(session, shield, session._forget_prepared_gen())
     except Expired:
         session._drop("no answer to ROLLBACK")
-    except psycopg.Error as exc:
+    except Exception as exc:
         logger.warning("error ignored in rollback on %s: %s", session, exc)
+        if not isinstance(exc, psycopg.Error):
+            session._drop(f"its rollback failed: {exc!r}")
 
 
 class Section:
@@ -194,6 +201,7 @@ class Section:
 
     __slots__ = (
         "_committing",
+        "_locked",
         "_session",
         "callbacks",
         "error",
@@ -213,39 +221,55 @@ class Section:
         self.going_through: BaseException | None = None
         self._session = session
         self._committing = committing
+        self._locked = False
 
     async def __aenter__(self) -> Self:
         session, shield = self._session, self.shield
         if self._committing and session._backend.cancelled_now():
             await session._backend.checkpoint()
-        if not GATE.enter(shield, ending=not self._committing):
+        if not GATE.enter(shield):
             await self._wait_for_gate()
-        if not session.lock.try_acquire():
+        if session.lock.try_acquire():
+            self._locked = True
+        else:
             await self._wait_for_lock()
         return self
 
     async def _wait_for_gate(self) -> None:
-        while not GATE.enter(self.shield):
-            waiter = self._session._backend.waiter()
-            GATE.when_open(waiter.wake)
-            await waiter.wait()
+        """A signal is pending and others' sections run: let it through first.
+
+        Not for long: what runs may itself wait for us, in the server (a lock on a
+        row that we have) or in a callback.
+        """
+        waiter = self._session._backend.waiter()
+        waiter.limit(monotonic() + INSIST_GRACE)
+        GATE.when_open(waiter.wake)
+        try:
+            if self._committing:
+                await waiter.wait()
+            else:
+                await self.shield.hold(waiter)
+        except Expired:
+            pass
+        GATE.enter(self.shield, at_once=True)
 
     async def _wait_for_lock(self) -> None:
         """Another task runs a statement on the connection."""
-        lock = self._session.lock
         if self._committing:
             # Not behind the gate: the statement may take long.
             if (signalled := GATE.leave(self.shield)) is not None:
                 raise signalled
-            await lock.acquire()
+            await self._session.lock.acquire()
+            self._locked = True
             try:
-                await self._wait_for_gate()
+                if not GATE.enter(self.shield):
+                    await self._wait_for_gate()
             except BaseException:
-                lock.release()
+                self._session.lock.release()
                 raise
             return
         try:
-            await acquire_shielded(self._session, self.shield)
+            self._locked = await acquire_shielded(self._session, self.shield)
         except BaseException:
             GATE.leave(self.shield)
             raise
@@ -256,12 +280,14 @@ class Section:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._session.lock.release()
+        if self._locked:
+            self._session.lock.release()
         errors = await self._call_back() if self.callbacks and exc is None else []
         signalled = GATE.leave(self.shield)
         if exc is not None:
-            if signalled is not None:
-                raise signalled
+            # Nothing has been ended. What was held back must not be lost for that.
+            if (held := signalled or self.shield.held) is not None and held is not exc:
+                raise held from exc
             return
         if GATE.delivered and signalled is None:
             # The handler may have cancelled this task: here is where it belongs.
@@ -306,7 +332,7 @@ class Section:
             raise group
 
 
-async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
+async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: object = None) -> None:
     """End the transaction with COMMIT: send it, believe the answer, call back.
 
     Raises what interrupted it before COMMIT was sent: `unit` is still ACTIVE then.
@@ -315,6 +341,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
 
     :param gen: sends COMMIT, having moved `unit` to COMMITTING just before; False
         if there was no transaction to commit.
+    :param block: the block that ends, if one does.
     """
     async with Section(session, committing=True) as section:
         try:
@@ -331,11 +358,13 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool]) -> None:
                 unit.advance(UNKNOWN)
                 session._drop("nobody waits for the answer to COMMIT")
                 raise
-            sent, verdict = True, verdict_of_error(exc)
+            sent, verdict = True, verdict_of_error(exc, prepared=unit.prepared)
             if verdict.state is UNKNOWN and verdict.error is not exc:
                 session._drop("it was lost while COMMIT was in flight")
         if sent:
             unit.advance(verdict.state)
+            if block is not None:
+                session._remove_block(block)  # its callbacks may use the connection
             section.error = verdict.error
             if unit.callbacks:
                 section.callbacks = unit.take()

@@ -65,8 +65,13 @@ def check_tag(tag: bytes | None) -> None:
         raise CommitUnknown(f"the server answered COMMIT with {tag!r}")
 
 
-def verdict_of_error(error: Exception) -> Verdict:
-    """The outcome by the exception that came instead of the tag, once COMMIT had been sent."""
+def verdict_of_error(error: Exception, *, prepared: bool = False) -> Verdict:
+    """The outcome by the exception that came instead of the tag, once COMMIT had been sent.
+
+    :param prepared: it was COMMIT PREPARED: refused, the transaction is still there.
+    """
+    if prepared and _is_answer(error):
+        return Verdict(TransactionState.UNKNOWN, error)
     if isinstance(error, CommitUnknown):
         return Verdict(TransactionState.UNKNOWN, error)
     if isinstance(error, CommitRolledBack) or _is_answer(error):

@@ -21,12 +21,14 @@ loses to cancellation: both together. Deadlines stand in `Job.limit`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGate
 from _signal import signal as set_handler
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from threading import get_ident, main_thread
 from time import monotonic
 from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -58,6 +60,13 @@ DEFERRED_SIGNALS = tuple(
 )
 """Signals whose Python handlers are known to raise: terminals, supervisors, time limits."""
 
+INSISTING_SIGNALS = frozenset(
+    int(getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP")
+    if hasattr(signal, name)
+)
+"""Those that somebody sends once more because nothing has happened."""
+
 
 class Expired(Exception):
     """A `Job` did not end by its limit. It goes on regardless: stop it or close what it uses."""
@@ -72,13 +81,12 @@ class Job(Protocol[T_co]):
     def limit(self, when: float) -> None:
         """Let the waiting end at `when` (`time.monotonic()`), unless an earlier limit is set."""
 
+    def ended_with(self, exc: BaseException) -> bool:
+        """Whether `exc` is what the job itself ended with: no interruption of who waits."""
+
 
 class EventLoop(Protocol):
     """What a shield needs of the running event loop (see `_backends`)."""
-
-    @property
-    def in_main_thread(self) -> bool:
-        """Whether signal handlers can interrupt it: Python runs them in the main thread."""
 
     @property
     def running(self) -> bool:
@@ -138,6 +146,8 @@ class Shield:
             try:
                 return await job.wait()
             except self.loop.interruptions as exc:
+                if job.ended_with(exc):
+                    raise
                 self.hold_back(exc)
         # Who is interrupted once may be so at every await from now on: anyio
         # re-cancels at each cycle of the loop, and deafness alone would spin.
@@ -148,8 +158,9 @@ class Shield:
             while True:
                 try:
                     return await job.wait()
-                except self.loop.interruptions:
-                    continue
+                except self.loop.interruptions as exc:
+                    if job.ended_with(exc):
+                        raise
         raise AssertionError("the scope swallows nothing")
 
     def hold_back(self, exc: BaseException) -> None:
@@ -196,6 +207,25 @@ _inside: ContextVar[bool] = ContextVar("aiopgsafe_inside_section", default=False
 """Set in callbacks: a COMMIT of theirs must not wait for the section that waits for them."""
 
 
+class Hook:
+    """Stands for one handler of the program while sections run, and knows which.
+
+    The program may take it for its own handler, save it and set it again later: it
+    then calls what it stands for.
+    """
+
+    __slots__ = ("_gate", "handler")
+
+    def __init__(self, gate: SignalGate, handler: Handler) -> None:
+        self._gate = gate
+        self.handler = handler
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self._gate.note(signum, self.handler):
+            return
+        self.handler(signum, frame)
+
+
 class SignalGate:
     """Defers signal handlers while any section of the main thread runs.
 
@@ -214,54 +244,53 @@ class SignalGate:
 
     def __init__(self) -> None:
         self.delivered = False
-        self._depth = 0
+        # Whether a section runs is whether this is empty: nothing can come apart.
         self._shields: set[Shield] = set()
-        self._saved: dict[int, Handler] = {}
-        self._outlived: dict[int, Callable[[], bool]] = {}
+        self._plan: list[tuple[int, Hook, Callable[[], bool] | None]] = []
         self._seen: list[Any] = []
-        self._pending: list[int] = []
+        self._pending: list[tuple[int, Handler]] = []
         self._first: dict[int, float] = {}
         self._insisted: dict[int, float] = {}
         self._waiting: list[Callable[[], object]] = []
-        # One object, so that `is` tells whether a signal is still ours.
-        self._hook: Handler = self._on_signal
+        self._main = main_thread().ident
 
-    def enter(self, shield: Shield, *, ending: bool = False) -> bool:
+    def enter(self, shield: Shield, *, at_once: bool = False) -> bool:
         """Begin a section; False if a signal is pending and a new one must not begin.
 
         A busy server always has some COMMIT in flight: if new ones went on to
         begin, a signal would never get through.
 
-        :param ending: begin all the same: something is being ended (ROLLBACK).
+        :param at_once: begin all the same; who had to wait has waited long enough.
         """
-        if not shield.loop.in_main_thread:
+        if get_ident() != self._main:
             return True
-        if self._pending and not ending and not _inside.get():
+        shields = self._shields
+        if shields:
+            # One loop runs in the main thread: sections of another were stranded
+            # in it when it was stopped.
+            for stranded in [s for s in shields if not s.loop.running]:
+                shields.discard(stranded)
+        if self._pending and shields and not at_once and not _inside.get():
             return False
-        if not self._depth:
+        if not shields:
             handlers = [*map(getsignal, DEFERRED_SIGNALS)]
             if handlers != self._seen:
                 self._look_at(handlers, shield.loop)
-            # `_saved` is set before any is replaced: a signal that arrives between
-            # two turns of this loop is passed on by the hook (depth 0).
-            for signum in self._saved:
-                set_handler(signum, self._hook)
-        self._depth += 1
-        self._shields.add(shield)
+            # Torn in here, a hook stays in place that passes everything on.
+            for signum, hook, _ in self._plan:
+                set_handler(signum, hook)
+        shields.add(shield)
         return True
 
     def _look_at(self, handlers: list[Any], loop: EventLoop) -> None:
         """The program has changed its handlers since the last section: which are Python's?"""
-        saved = {}
-        self._outlived = {}
+        plan = []
         for signum, handler in zip(DEFERRED_SIGNALS, handlers, strict=True):
-            if handler is self._hook:  # a section was torn while it began
-                handler = self._saved[signum]
+            while isinstance(handler, Hook):  # torn, or set again by the program
+                handler = handler.handler
             if callable(handler):  # not SIG_DFL, SIG_IGN, or one set by other than Python
-                saved[signum] = handler
-                if (outlived := loop.outlived(handler)) is not None:
-                    self._outlived[signum] = outlived
-        self._saved, self._seen = saved, handlers
+                plan.append((signum, Hook(self, handler), loop.outlived(handler)))
+        self._plan, self._seen = plan, handlers
 
     def when_open(self, wake: Callable[[], object]) -> None:
         """Call `wake` when the pending signals have been delivered."""
@@ -275,31 +304,32 @@ class SignalGate:
         calls it, as the one of `asyncio.run` does: `delivered` says that some ran.
         """
         self.delivered = False
-        if shield not in self._shields:
+        shields = self._shields
+        if shield not in shields:
             return None
-        self._shields.discard(shield)
-        self._depth -= 1
-        if self._depth:
+        if len(shields) > 1:
+            shields.remove(shield)
             return None
         raised: BaseException | None = None
-        restored = False
-        while not restored or self._pending:
+        while True:
             # A handler that is back in place may raise between any two bytecodes
             # of this loop: it goes on where it was torn.
             try:
-                for signum, handler in self._saved.items():
+                for signum, hook, outlived in self._plan:
                     # If not, the program has set another handler meanwhile.
-                    if getsignal(signum) is self._hook:
-                        outlived = self._outlived.get(signum)
+                    if getsignal(signum) is hook:
                         if outlived is not None and outlived():
                             set_handler(signum, signal.default_int_handler)
                         else:
-                            set_handler(signum, handler)
-                restored = True
+                            set_handler(signum, hook.handler)
                 if self._pending:
                     self._deliver()
+                shields.discard(shield)
+                break
             except BaseException as exc:
-                raised = raised or exc
+                if raised is not None and exc is not raised:
+                    exc.__context__ = raised
+                raised = exc
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for wake in waiting:
@@ -310,29 +340,40 @@ class SignalGate:
         self._first.clear()
         self._insisted.clear()
         while self._pending:
-            handler = self._saved[signum := self._pending.pop(0)]
+            signum, handler = self._pending.pop(0)
             self.delivered = True
             handler(signum, sys._getframe())
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def note(self, signum: int, handler: Handler) -> bool:
+        """Called by a hook. False: nothing is to be waited for, the handler is to be called now."""
         # Without a section, or with all of them stranded in a loop that stands
         # still, there is nothing to wait for.
-        if not self._depth or not any(shield.loop.running for shield in self._shields):
-            self._saved[signum](signum, frame)
-            return
+        if not any(shield.loop.running for shield in self._shields):
+            return False
         now = monotonic()
         if signum not in self._first:
             self._first[signum] = now
+        elif signum not in INSISTING_SIGNALS:
+            pass  # a timer, a watchdog: nobody who waits
         elif signum not in self._insisted:
             self._insisted[signum] = max(now, self._first[signum] + INSIST_GRACE)
             for shield in tuple(self._shields):
                 shield.insist(self._insisted[signum])
         elif now > self._insisted[signum] + INSIST_GRACE:
             # The loop has not even ended the waiting: something blocks it.
-            self._saved[signum](signum, frame)
-            return
-        self._pending.append(signum)
+            return False
+        self._pending.append((signum, handler))
+        return True
+
+    def after_fork(self) -> None:
+        """In the child: the sections go on in the parent, its handlers are ours again."""
+        for signum, hook, _ in self._plan:
+            if getsignal(signum) is hook:
+                set_handler(signum, hook.handler)
+        self.__init__()  # type: ignore[misc]  # as new
 
 
 GATE = SignalGate()
 """The process has one set of signal handlers, hence one gate."""
+
+os.register_at_fork(after_in_child=GATE.after_fork)

@@ -27,6 +27,7 @@ IDLE = pq.TransactionStatus.IDLE
 
 PENDING = TransactionState.PENDING
 ACTIVE = TransactionState.ACTIVE
+COMMITTING = TransactionState.COMMITTING
 COMMITTED = TransactionState.COMMITTED
 ROLLED_BACK = TransactionState.ROLLED_BACK
 UNKNOWN = TransactionState.UNKNOWN
@@ -80,7 +81,8 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         if not self._is_savepoint:
             return self._unit.state
         if not self._released:
-            return self._state
+            ended = self._unit.state not in (ACTIVE, COMMITTING)
+            return self._unit.state if ended and self._state is ACTIVE else self._state
         return self._outer.state if self._outer is not None else self._unit.state
 
     @property
@@ -205,16 +207,22 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                     raise shield.held
             except GeneratorExit:  # the coroutine is destroyed, its loop is gone
                 raise
-            except BaseException as exc:
+            except BaseException as error:
+                exc: BaseException = error
                 if isinstance(exc, Expired):
                     session._drop("no answer to BEGIN")
                 elif self._entered:
                     await roll_back(session, shield, self._undo())
+                elif not isinstance(exc, Exception):
+                    # It hit the generator itself: what the server makes of it is open.
+                    session._drop("interrupted in BEGIN")
                 session._remove_block(self)
                 self._end_as(ROLLED_BACK, self.Status.FAILED)
                 if isinstance(exc, Expired):
-                    raise no_answer("BEGIN", session.commit_timeout) from None
-                raise
+                    exc = no_answer("BEGIN", session.commit_timeout)
+                if shield.held is not None and shield.held is not exc:
+                    raise shield.held from exc
+                raise exc from None
         return self
 
     def _begin_gen(self) -> PQGen[None]:
@@ -272,7 +280,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             elif self._is_savepoint:
                 await self._release()
             else:
-                await commit(session, unit, session._block_commit_gen(unit))
+                await commit(session, unit, session._block_commit_gen(unit), self)
         except BaseException as exc:
             if unit.state is ACTIVE and not self._released:
                 # COMMIT was not sent: interrupted, or refused, before.
@@ -281,7 +289,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         finally:
             session._remove_block(self)
             if self.status is self.Status.ACTIVE:
-                self.status = _STATUS[unit.state]
+                self.status = _STATUS.get(unit.state, self.Status.FAILED)
             if self._state is ACTIVE and not self._released:
                 # What is around the savepoint ended before it, out of order.
                 self._state = unit.state

@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
-from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, ref
+
+from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
 from ._asyncio_jobs import Connecting, Task, Thread, Waiter, loop_time
@@ -157,6 +158,9 @@ class Channel:
 
     def discard(self) -> None:
         """Leave the loop from wherever the connection is collected, another thread included."""
+        if self._loop.is_closed():
+            self.closed = True
+            return
         try:
             here = asyncio.get_running_loop() is self._loop
         except RuntimeError:
@@ -166,6 +170,9 @@ class Channel:
         else:
             # The handle keeps libpq's connection, and the descriptor, until then.
             self._loop.call_soon_threadsafe(self._leave)
+
+    def ended_with(self, exc: BaseException) -> bool:
+        return self._gen is None and self._error is exc
 
     @property
     def driving(self) -> bool:
@@ -221,6 +228,9 @@ class Channel:
         assert gen is not None
         try:
             want: int = gen.send(ready)  # type: ignore[arg-type]
+            while self._pgconn.status == CONNECTION_BAD:
+                # It would wait for a descriptor that libpq has closed.
+                want = gen.throw(OperationalError("the connection is lost"))
             while want & WRITE:
                 # Nearly always writable, and a poll is much cheaper than a cycle
                 # of the loop, which pipelines and COPY would pay at every step.
@@ -283,7 +293,6 @@ class Backend:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Weakly: the table of backends must not keep loops alive.
         self._loop = ref(loop)
-        self.in_main_thread = current_thread() is main_thread()
 
     @property
     def running(self) -> bool:

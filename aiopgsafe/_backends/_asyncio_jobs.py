@@ -41,6 +41,9 @@ class Waiter:
             self._timer.cancel()
         self._timer = self._loop.call_at(loop_time(self._loop, when), self._expire)
 
+    def ended_with(self, exc: BaseException) -> bool:
+        return False
+
     def _expire(self) -> None:
         self._expired = True
         self._poke()
@@ -74,10 +77,13 @@ class Connecting(Waiter, Generic[T]):
                 ready, self._ready = self._ready, 0
                 self._step = self._gen.send(ready)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        finally:
-            if self._timer is not None and self._step is None:
+            if self._timer is not None:
                 self._timer.cancel()
+            return stop.value  # type: ignore[no-any-return]
+        except Exception:
+            if self._timer is not None:
+                self._timer.cancel()
+            raise
 
     async def _wait_ready(self, fd: int, want: int) -> None:
         """Out of the loop at every exit: libpq may close the descriptor at the next step."""
@@ -114,12 +120,17 @@ class Task(Generic[T]):
         self._task.add_done_callback(lambda _: self._waiter.wake())
         self._timer: asyncio.TimerHandle | None = None
         self._expired = False
+        self._error: BaseException | None = None
+
+    def ended_with(self, exc: BaseException) -> bool:
+        return self._error is exc
 
     async def wait(self) -> T:
         await self._waiter.wait()
         if self._timer is not None:
             self._timer.cancel()
         value, error = self._task.result()
+        self._error = error
         if error is not None:
             if self._expired and isinstance(error, asyncio.CancelledError):
                 raise Expired from None
@@ -159,6 +170,9 @@ class Thread(Generic[T]):
 
     def limit(self, when: float) -> None:
         self._waiter.limit(when)
+
+    def ended_with(self, exc: BaseException) -> bool:
+        return False
 
 
 def loop_time(loop: asyncio.AbstractEventLoop, when: float) -> float:

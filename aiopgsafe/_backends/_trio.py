@@ -9,11 +9,11 @@ from __future__ import annotations
 import selectors
 from collections.abc import Awaitable, Callable, Generator
 from math import inf
-from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import trio
+from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
 from ._readiness import READ, WRITE, Readiness
@@ -37,6 +37,9 @@ class _Limited:
             self._limit = when
             if self._scope is not None:
                 self._scope.deadline = _trio_time(when)
+
+    def ended_with(self, exc: BaseException) -> bool:
+        return False
 
     async def _limited(self, wait: Callable[..., Awaitable[None]], *args: Any) -> None:
         try:
@@ -149,6 +152,9 @@ class Channel(_Limited):
     def discard(self) -> None:
         self.closed = True  # nothing of it is in the loop while nobody waits
 
+    def ended_with(self, exc: BaseException) -> bool:
+        return self._gen is None and self._error is exc
+
     @property
     def driving(self) -> bool:
         return self._gen is not None
@@ -159,12 +165,17 @@ class Channel(_Limited):
             if trio.lowlevel.in_trio_run():
                 trio.lowlevel.notify_closing(self._fd)
             if self._both is not None:
+                if trio.lowlevel.in_trio_run():
+                    trio.lowlevel.notify_closing(self._both.fileno())  # type: ignore[attr-defined]
                 self._both.close()
 
     def _advance(self, ready: int | None) -> None:
         assert self._gen is not None
         try:
             self._want = self._gen.send(ready)  # type: ignore[arg-type]
+            while self._pgconn.status == CONNECTION_BAD:
+                # It would wait for a descriptor that libpq has closed.
+                self._want = self._gen.throw(OperationalError("the connection is lost"))
         except StopIteration as stop:
             self._end(stop.value, None)
         except BaseException as exc:
@@ -252,6 +263,9 @@ class _Thread(Generic[T]):
     def limit(self, when: float) -> None:
         self._waiter.limit(when)
 
+    def ended_with(self, exc: BaseException) -> bool:
+        return False
+
 
 class Backend:
     """See `_backends.Backend`; one for each `trio.run`."""
@@ -260,7 +274,6 @@ class Backend:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self.in_main_thread = current_thread() is main_thread()
 
     @property
     def running(self) -> bool:

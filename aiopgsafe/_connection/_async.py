@@ -317,8 +317,9 @@ class AsyncConnection(StatementStopping[Row]):
     async def _settle_at_close(self) -> None:
         unit, self._unit = self._unit, None
         if unit is not None and unit.state is TransactionState.ACTIVE:
+            prepared = self._tpc is not None and self._tpc[1]
             async with Section(self) as section:
-                unit.advance(TransactionState.ROLLED_BACK)
+                unit.advance(TransactionState.UNKNOWN if prepared else TransactionState.ROLLED_BACK)
                 section.outcome = unit.state.value
                 section.callbacks = unit.take()
 

@@ -34,6 +34,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
     """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
 
     _blocks: list[Transaction[Any]]
+    _unit: Unit | None
 
     # psycopg refuses commit(), set_autocommit() ... inside a block by its count.
 
@@ -47,6 +48,20 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         elif tx in self._blocks:
             self._blocks.remove(tx)
         self._num_transactions = len(self._blocks)
+
+    def _start_query(self) -> PQGen[None]:
+        """psycopg's implicit BEGIN. The unit of a transaction that has ended ends here."""
+        if self._unit is not None and self.pgconn.transaction_status == IDLE:
+            self._forget_unit()
+        if not self._autocommit and self.pgconn.transaction_status == IDLE:
+            yield from super()._start_query()
+
+    def _forget_unit(self) -> None:
+        """A statement ended the transaction (COMMIT or ROLLBACK): which, we don't know."""
+        unit, self._unit = self._unit, None
+        if unit is not None and unit.state is TransactionState.ACTIVE:
+            unit.advance(TransactionState.UNKNOWN)
+            unit.take()
 
     def _begin_command(self) -> bytes:
         return self._get_tx_start_command()
@@ -80,6 +95,8 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             try:
                 yield from pipeline._sync_gen()
             except psycopg.Error as exc:
+                if self.pgconn.status != OK:
+                    raise
                 logger.debug("earlier error in pipeline on %s: %s", self, exc)
         kept = _KeptResult(self.pgconn)
         pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
@@ -114,6 +131,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             raise psycopg.ProgrammingError("commit() cannot be used during a two-phase transaction")
         yield from self._sync_gen()
         if self.pgconn.transaction_status == IDLE:
+            self._forget_unit()
             return False
         self._check_not_active()
         return (yield from self._send_commit_gen(unit))
@@ -140,6 +158,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if (xid is None) == (self._tpc is None):  # psycopg refuses before it sends
             yield from self._tpc_finish_gen("COMMIT", xid)
         self._check_connection_ok()
+        unit.prepared = True
         unit.advance(TransactionState.COMMITTING)
         yield from self._tpc_finish_gen("COMMIT", xid)
         return True

@@ -63,7 +63,9 @@ def on_notify(wself: ref[Listening], pgnotify: pq.PGnotify) -> None:
     for handler in tuple(conn._notify_handlers):
         try:
             handler(notify)
-        except Exception as exc:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a CancelledError of its own is no interruption of ours
             logger.exception("error processing notify callback %r: %s", handler, exc)
     if conn._notifies_listening is not None:
         conn._notifies_listening.append(notify)

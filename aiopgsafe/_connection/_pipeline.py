@@ -28,7 +28,7 @@ class Pipeline(psycopg.AsyncPipeline):
     ) -> None:
         conn: psycopg.AsyncConnection[Any] = self._conn
         shield = Shield(cast("Session", conn)._backend)
-        await acquire_shielded(cast("Session", conn), shield)
+        locked = await acquire_shielded(cast("Session", conn), shield)
         try:
             # Interrupted, it cancels what runs and takes all results all the same.
             await conn.wait(self._exit_gen())
@@ -41,6 +41,7 @@ class Pipeline(psycopg.AsyncPipeline):
             self._exit(exc_val or shield.held)
             if self.level == 0:
                 conn._pipeline = None
-            conn.lock.release()
+            if locked:
+                conn.lock.release()
         if shield.held is not None:
             raise shield.held

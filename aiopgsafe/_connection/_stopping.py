@@ -78,9 +78,11 @@ class StatementStopping(EndingGenerators[Row]):
         """Cancel on the server what the channel drives, again and again until it has ended."""
         pause = FIRST_PAUSE
         ended = False
+        if not self._channel.driving:  # it has just ended: nobody asks for its result
+            self._channel.abandon()
+            return
         while not ended:
-            if self._channel.driving:
-                await self._send_cancel(shield, deadline)
+            await self._send_cancel(shield, deadline)
             self._channel.extend(min(monotonic() + pause, deadline))
             try:
                 await shield.hold(self._channel)
