@@ -319,17 +319,17 @@ class Backend:
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         return Thread(fn)
 
-    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
+    def when_reset(self, handler: Handler, call: Callable[[], object]) -> bool:
         """asyncio.run resets its SIGINT handler when its main task has ended.
 
-        Found in our hands at that moment it is not reset: put back later it would
-        outlive its loop, and the next `asyncio.run` not set its own.
+        Callbacks of the task run before: in the last cycle of the loop.
         """
         if isinstance(handler, partial) and handler.func.__name__ == "_on_sigint":
             main_task = handler.keywords.get("main_task")
-            if isinstance(main_task, asyncio.Future):
-                return main_task.done
-        return None
+            if isinstance(main_task, asyncio.Future) and not main_task.done():
+                main_task.add_done_callback(lambda _: call())
+                return True
+        return False
 
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)

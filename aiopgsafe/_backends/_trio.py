@@ -297,8 +297,8 @@ class Backend:
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         return _Thread(fn)
 
-    def outlived(self, handler: Handler) -> Callable[[], bool] | None:
-        return None  # trio.run ends after all of its tasks
+    def when_reset(self, handler: Handler, call: Callable[[], object]) -> bool:
+        return False
 
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()
