@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import psycopg
 
@@ -19,6 +19,19 @@ logger = logging.getLogger("aiopgsafe")
 
 class Pipeline(psycopg.AsyncPipeline):
     """psycopg's. Leaving it takes the lock deaf: left in pipeline mode nothing else would work."""
+
+    async def __aenter__(self) -> Self:
+        level = self.level
+        try:
+            return await super().__aenter__()
+        except BaseException as exc:
+            # Entered, and interrupted in a turn that a busy channel gave the others
+            # after it: `__aexit__` won't be called.
+            if self.level > level:
+                self._exit(exc)
+            if self.level == 0:
+                self._conn._pipeline = None
+            raise
 
     async def __aexit__(
         self,
