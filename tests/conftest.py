@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 
 from aiopgsafe import AsyncConnection
+from aiopgsafe._backends import _asyncio, _trio
 from aiopgsafe.testing import FaultProxy, TemporaryServer, find_servers
 
 LOOPS = {
@@ -46,6 +48,18 @@ def sweeps(*hows: str) -> list[Any]:
         for how in ways
         if not hows or how in hows
     ]
+
+
+@pytest.fixture(params=[inf, -1.0], ids=["no turns", "turns"])
+def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a channel lets the others run before it hands over a result: never, or each time.
+
+    By the clock, as it does outside of sweeps, suspension points would shift from trial to
+    trial: some would be swept by chance only.
+    """
+    for backend in (_asyncio, _trio):
+        monkeypatch.setattr(backend, "MAX_BUSY", request.param)
+    return bool(request.param < 0)
 
 
 @pytest.fixture(params=list(LOOPS))

@@ -73,6 +73,7 @@ def check(admin: psycopg.Connection[Any], run: Run, trial: Trial[None]) -> None:
             assert "the transaction is rolled back" in notes
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 @pytest.mark.parametrize("late", [0.0, 0.02], ids=["prompt", "late"])
 async def test_nothing_disagrees_wherever_the_transaction_is_cancelled(
@@ -115,6 +116,7 @@ async def test_nothing_disagrees_wherever_the_transaction_is_cancelled(
     figures(points=points, held_back_in_commit=in_commit, failures=0)
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 async def test_a_frozen_server_leaves_the_outcome_unknown_and_says_so(
     proxy: FaultProxy, dsn: str, how: Any, figures: Figures

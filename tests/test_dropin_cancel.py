@@ -88,6 +88,7 @@ OPERATIONS = (
 )
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.__name__)
 async def test_an_operation_cancelled_anywhere_leaves_a_usable_connection(

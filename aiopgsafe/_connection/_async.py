@@ -201,6 +201,14 @@ class AsyncConnection(StatementStopping[Row]):
         async with self._pipeline as pipeline:
             yield pipeline
 
+    @asynccontextmanager
+    async def _pipeline_nolock(self) -> AsyncIterator[psycopg.AsyncPipeline]:
+        # psycopg's asserts that its pipeline was left; interrupted while it is
+        # entered, that fails and takes the cancellation's place.
+        self._pipeline = Pipeline(self, locked=True)
+        async with self._pipeline as pipeline:
+            yield pipeline
+
     # Ending transactions
 
     async def commit(self) -> None:

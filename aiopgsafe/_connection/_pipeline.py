@@ -18,7 +18,14 @@ logger = logging.getLogger("aiopgsafe")
 
 
 class Pipeline(psycopg.AsyncPipeline):
-    """psycopg's. Leaving it takes the lock deaf: left in pipeline mode nothing else would work."""
+    """psycopg's. Leaving it takes the lock deaf: left in pipeline mode nothing else would work.
+
+    :param locked: whoever uses it has the connection's lock: `executemany()`.
+    """
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any], *, locked: bool = False) -> None:
+        super().__init__(conn, _no_lock=locked)
+        self._locked = locked
 
     async def __aenter__(self) -> Self:
         level = self.level
@@ -41,7 +48,7 @@ class Pipeline(psycopg.AsyncPipeline):
     ) -> None:
         conn: psycopg.AsyncConnection[Any] = self._conn
         shield = Shield(cast("Session", conn)._backend)
-        locked = await acquire_shielded(cast("Session", conn), shield)
+        acquired = not self._locked and await acquire_shielded(cast("Session", conn), shield)
         try:
             # Interrupted, it cancels what runs and takes all results all the same.
             await conn.wait(self._exit_gen())
@@ -54,7 +61,7 @@ class Pipeline(psycopg.AsyncPipeline):
             self._exit(exc_val or shield.held)
             if self.level == 0:
                 conn._pipeline = None
-            if locked:
+            if acquired:
                 conn.lock.release()
         if shield.held is not None:
             raise shield.held

@@ -60,11 +60,12 @@ class StatementStopping(EndingGenerators[Row]):
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
             return
-        if self.pgconn.transaction_status != ACTIVE:
-            # It waited for something else: notifies().
+        name = getattr(gen, "__name__", "")
+        if name == "notifies" or (self.pgconn.transaction_status != ACTIVE and not self._pipeline):
+            # Nothing was asked of the server. In a pipeline that can't be told:
+            # commands, the Sync above all, may still be queued here.
             self._channel.abandon()
             return
-        name = getattr(gen, "__name__", "")
         deadline = monotonic() + self.cancel_timeout
         try:
             await self._cancel_until_ended(shield, deadline)
