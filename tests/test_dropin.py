@@ -219,6 +219,7 @@ async def test_stream_gives_rows_as_they_come(s: Scene) -> None:
         await s.conn.rollback()
     with s.fails():
         s.note([row async for row in s.conn.cursor().stream(query, (7,), size=0)])
+    await s.conn.rollback()  # the query was cancelled, or had ended before
     with s.fails():
         async for row in s.conn.cursor().stream("select 1/(3-i) from generate_series(1, 9) i"):
             s.note(row)

@@ -62,13 +62,13 @@ async def tidy(conn: Conn) -> None:
     await conn.rollback()
 
 
-@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_an_ending_that_was_sent_is_noted_on_the_cancellation(
     proxy: FaultProxy,
     dsn: str,
     how: Any,
+    turns: bool,
     ending: Callable[[Conn, int], Awaitable[None]],
     figures: Figures,
 ) -> None:
@@ -108,7 +108,9 @@ async def test_an_ending_that_was_sent_is_noted_on_the_cancellation(
         await conn.close()
         prepared = admin.execute("select count(*) from pg_prepared_xacts").fetchone()
         assert prepared == (0,)
-    assert held_back or ending is by_rollback
+    # Without turns a pipeline suspends only where the answers are not there yet: points
+    # shift from trial to trial, and the one in COMMIT may be missed.
+    assert held_back or ending is by_rollback or (ending is by_pipeline and not turns)
     figures(ending=ending.__name__, points=points, held_back=held_back, failures=0)
 
 
