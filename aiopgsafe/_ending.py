@@ -68,6 +68,7 @@ class Session(Protocol):
     _channel: Channel
     _blocks: list[Any]
     _unit: Unit | None
+    _uncancellable: object  # the generator that no signal may cancel
 
     @property
     def closed(self) -> bool: ...
@@ -141,6 +142,7 @@ class Unit:
 async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
     """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``."""
     channel = session._channel
+    session._uncancellable = gen
     channel.start(gen, monotonic() + session.commit_timeout)
     return await shield.hold(channel)
 

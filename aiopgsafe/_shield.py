@@ -35,7 +35,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
-__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield"]
+__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "unhooked"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -223,6 +223,13 @@ class Hook:
         self.handler(signum, frame)
 
 
+def unhooked(handler: Any) -> Any:
+    """The handler of the program's that `handler` stands for, or is."""
+    while isinstance(handler, Hook):
+        handler = handler.handler
+    return handler
+
+
 class SignalGate:
     """Defers signal handlers while any section of the main thread runs.
 
@@ -293,8 +300,7 @@ class SignalGate:
         for signum, handler in zip(DEFERRED_SIGNALS, handlers, strict=True):
             if handler is self._staying.get(signum):
                 continue
-            while isinstance(handler, Hook):  # torn, or set again by the program
-                handler = handler.handler
+            handler = unhooked(handler)  # torn, or set again by the program
             if callable(handler):  # not SIG_DFL, SIG_IGN, or one set by other than Python
                 hook = Hook(self, handler)
                 if loop.when_reset(handler, self._on_reset):

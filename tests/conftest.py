@@ -13,12 +13,23 @@ import pytest
 from aiopgsafe import AsyncConnection
 from aiopgsafe._backends import _asyncio, _trio
 from aiopgsafe.testing import FaultProxy, TemporaryServer, find_servers
+from tests.pgbouncer import PgBouncer
 
 LOOPS = {
     "asyncio": ("asyncio", {"use_uvloop": False}),
     "uvloop": ("asyncio", {"use_uvloop": True}),
     "trio": ("trio", {}),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long runs: minutes, not seconds")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the figures of a long run are asked for (`make test ARGS=--long`)."""
+    return bool(request.config.getoption("--long"))
 
 
 def one_for_each_version(bindirs: list[Path]) -> list[Path]:
@@ -104,6 +115,22 @@ async def conn(dsn: str, anyio_backend: object) -> AsyncIterator[AsyncConnection
     conn = await AsyncConnection.connect(dsn)
     yield conn
     await conn.close()
+
+
+@pytest.fixture
+def admin(dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    """A session of the tests' own, in autocommit mode."""
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        yield admin
+
+
+@pytest.fixture
+def pgbouncer(dsn: str) -> Iterator[str]:
+    """The connection string of a PgBouncer in transaction mode before the server."""
+    if PgBouncer.program is None:
+        pytest.skip("PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+    with PgBouncer(dsn) as bouncer:
+        yield bouncer.dsn
 
 
 class Figures:

@@ -1,10 +1,16 @@
-"""Every operation, cancelled at each of its suspension points, leaves a usable connection."""
+"""P3: every operation, cancelled at each of its suspension points, leaves nothing behind.
+
+The statement has ended on the server, the same session serves the next one, and no
+descriptor is left over.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from pathlib import Path
+from time import monotonic
 from typing import Any, TypeAlias, cast
 
 import anyio
@@ -15,7 +21,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 
 from aiopgsafe import AsyncConnection
 from aiopgsafe.testing import CancelSweep
-from tests.conftest import sweeps
+from tests.conftest import Figures, sweeps
 
 pytestmark = pytest.mark.anyio
 
@@ -75,6 +81,31 @@ async def transactions(conn: AsyncConnection[Any]) -> None:
             await conn.execute("select pg_sleep(0.001)", prepare=True)
 
 
+async def execute(conn: AsyncConnection[Any]) -> None:
+    cur = await conn.execute("select pg_sleep(0.005), %s", ("x" * 100_000,))
+    await cur.fetchone()
+
+
+async def notifies(conn: AsyncConnection[Any]) -> None:
+    await conn.execute("listen c")
+    await conn.execute("notify c")
+    async with aclosing(cast("Any", conn.notifies(timeout=0.005))) as notifies_:
+        async for _ in notifies_:
+            pass
+
+
+async def savepoint_under_a_scope(conn: AsyncConnection[Any]) -> None:
+    async with conn.transaction():
+        with anyio.CancelScope() as scope:
+            async with conn.transaction():
+                await conn.execute("insert into t values ('inner')")
+                scope.cancel()
+                await conn.execute("select pg_sleep(10)")
+        cur = await conn.execute("select count(*) from t")
+        assert await cur.fetchone() == (0,)
+        await conn.execute("insert into t values ('outer')")
+
+
 async def two_phases(conn: AsyncConnection[Any]) -> None:
     await conn.set_autocommit(False)
     await conn.tpc_begin("x")
@@ -84,15 +115,36 @@ async def two_phases(conn: AsyncConnection[Any]) -> None:
 
 
 OPERATIONS = (
-    *(copy_in, copy_out, stream, executemany, pipeline, server_cursor, transactions, two_phases),
+    *(execute, executemany, stream, copy_in, copy_out, server_cursor, pipeline, notifies),
+    *(transactions, savepoint_under_a_scope, two_phases),
 )
+
+
+def wait_until_nothing_runs(admin: psycopg.Connection[Any], at: str) -> None:
+    """Nothing but the administrator's own query is active within a second."""
+    deadline = monotonic() + 1
+    active = (
+        "select query from pg_stat_activity where state = 'active' and pid <> pg_backend_pid()"
+        " and backend_type = 'client backend'"
+    )
+    while found := admin.execute(active).fetchall():
+        assert monotonic() < deadline, (at, found)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: op.__name__)
-async def test_an_operation_cancelled_anywhere_leaves_a_usable_connection(
-    conn: AsyncConnection[Any], operation: Operation, how: Any
+async def test_an_operation_cancelled_anywhere_leaves_nothing_behind(
+    conn: AsyncConnection[Any],
+    admin: psycopg.Connection[Any],
+    anyio_backend: tuple[str, Any],
+    operation: Operation,
+    how: Any,
+    figures: Figures,
 ) -> None:
     await conn.execute("create table t (s text)")
     await conn.commit()
@@ -101,7 +153,9 @@ async def test_an_operation_cancelled_anywhere_leaves_a_usable_connection(
     async def work() -> None:
         await operation(conn)
 
-    points = 0
+    points, pid, descriptors = 0, conn.info.backend_pid, open_descriptors()
+    # A connection on trio keeps an epoll once it has waited in both directions.
+    descriptors += anyio_backend[0] == "trio"
     async for trial in CancelSweep(work, how=how):
         points = trial.point - 1
         at = f"{operation.__name__} cancelled at {trial.point} ({trial.where}): {trial.exception!r}"
@@ -111,6 +165,7 @@ async def test_an_operation_cancelled_anywhere_leaves_a_usable_connection(
         assert conn.pgconn.pipeline_status == PipelineStatus.OFF, at
         assert conn.pgconn.transaction_status != TransactionStatus.ACTIVE, at
         assert not conn.lock.locked(), at
+        wait_until_nothing_runs(admin, at)
         if conn._tpc:
             await end_two_phases(conn)
         else:
@@ -118,9 +173,40 @@ async def test_an_operation_cancelled_anywhere_leaves_a_usable_connection(
         await conn.set_autocommit(True)
         cur = await conn.execute("select count(*) from pg_cursors where name <> ''")
         assert await cur.fetchone() == (0,), at
+        cur = await conn.execute("select pg_backend_pid()")
+        assert await cur.fetchone() == (pid,), at
         await conn.execute("truncate t")
+        assert open_descriptors() <= descriptors, at
     assert points > 0
+    figures(operation=operation.__name__, points=points, failures=0)
     gc.collect()  # what was left open warns in this test
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize(("loop_name", "how"), sweeps())
+async def test_connect_cancelled_anywhere_leaves_no_socket(
+    dsn: str, admin: psycopg.Connection[Any], how: Any, figures: Figures
+) -> None:
+    async def work() -> None:
+        conn = await AsyncConnection.connect(dsn, host="localhost")
+        try:
+            await conn.execute("select 1")
+        finally:
+            await conn.close()
+
+    points, descriptors = 0, -1
+    sessions = "select count(*) from pg_stat_activity where backend_type = 'client backend'"
+    async for trial in CancelSweep(work, how=how):
+        at = f"point {trial.point}: {trial.where}: {trial.exception!r}"
+        points = trial.point - 1
+        if descriptors < 0:
+            descriptors = open_descriptors()  # name resolution has opened its own
+        assert open_descriptors() <= descriptors, at
+    assert points > 0
+    deadline = monotonic() + 1
+    while admin.execute(sessions).fetchone() != (1,):
+        assert monotonic() < deadline
+    figures(operation="connect, close", points=points, failures=0)
 
 
 async def end_two_phases(conn: AsyncConnection[Any]) -> None:

@@ -28,6 +28,7 @@ STOREYS = [
     "_outcome",
     "_ending",
     "_transaction",
+    "_signals",
     "_connection",
 ]
 """From top to bottom: a module may import what stands above it."""

@@ -13,7 +13,7 @@ write, 3 either.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from psycopg import InterfaceError
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn
 
-__all__ = ["Backend", "Channel", "Expired", "Handler", "Job", "OtherLoop", "Waiter", "current"]
+__all__ = [
+    "Backend",
+    "Channel",
+    "Expired",
+    "Handler",
+    "Job",
+    "LoopHandler",
+    "OtherLoop",
+    "Waiter",
+    "current",
+]
 
 T = TypeVar("T")
 
@@ -73,12 +83,22 @@ class Channel(Job[Any], Protocol):
         """Leave the event loop when the connection is garbage collected, in any thread."""
 
     @property
-    def driving(self) -> bool:
-        """Whether a generator has been started and has not ended."""
+    def generator(self) -> PQGen[Any] | None:
+        """The one that has been started and has not ended."""
 
     @property
     def closed(self) -> bool:
         """Whether the channel has left the event loop, by `close()` or with a lost connection."""
+
+
+class LoopHandler(Protocol):
+    """A signal handler of the event loop's own, taken out of its hands (`Backend.take_signal`)."""
+
+    def run(self) -> None:
+        """Have the loop call it."""
+
+    def put_back(self) -> None:
+        """Give it back."""
 
 
 class Waiter(Job[None], Protocol):
@@ -105,6 +125,21 @@ class Backend(EventLoop, Protocol):
 
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
+
+    def background(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        """Run `fn` beside all tasks, to its end even if nobody waits for it.
+
+        Where the loop is torn down before, it is cancelled. Nobody sees what it
+        raises but who waits.
+        """
+
+    def take_signal(self, signum: int, handler: object) -> LoopHandler | None:
+        """Take a handler from the loop (`loop.add_signal_handler()`) that it calls by itself.
+
+        :param handler: the one that Python calls.
+
+        None if the loop has none; RuntimeError if it doesn't let go of it.
+        """
 
     async def checkpoint(self) -> None:
         """Let the other tasks run, and be interrupted if that is due."""

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, ref
 from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
-from ._asyncio_jobs import Connecting, Task, Thread, Waiter, loop_time
+from ._asyncio_jobs import Connecting, LoopHandler, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class Channel:
         return self._gen is None and self._error is exc
 
     @property
-    def driving(self) -> bool:
-        return self._gen is not None
+    def generator(self) -> PQGen[Any] | None:
+        return self._gen
 
     def _leave(self) -> None:
         if self._timer is not None:
@@ -313,6 +313,8 @@ class Backend:
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         return Task(fn())
 
+    background = spawn
+
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
         return Connecting(gen)
 
@@ -330,6 +332,19 @@ class Backend:
                 main_task.add_done_callback(lambda _: call())
                 return True
         return False
+
+    def take_signal(self, signum: int, handler: object) -> LoopHandler | None:
+        loop = asyncio.get_running_loop()
+        handlers: dict[int, asyncio.Handle] | None = getattr(loop, "_signal_handlers", None)
+        if handlers is not None:
+            return LoopHandler(loop, handlers, signum) if signum in handlers else None
+        if getattr(handler, "__self__", None) is loop:
+            # uvloop is written in C, and gives out no handler.
+            raise RuntimeError(
+                f"signal {signum} has a handler that was set by loop.add_signal_handler():"
+                " use signal.signal(), or remove it for the time"
+            )
+        return None
 
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)

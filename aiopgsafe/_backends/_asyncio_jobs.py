@@ -175,6 +175,26 @@ class Thread(Generic[T]):
         return False
 
 
+class LoopHandler:
+    """One of asyncio's: the loop calls it for a byte in its wakeup pipe, whatever Python calls."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, handlers: dict[int, asyncio.Handle], signum: int
+    ) -> None:
+        self._loop = loop
+        self._handlers = handlers
+        self._signum = signum
+        self._own = handlers[signum]
+        self._nothing = handlers[signum] = asyncio.Handle(lambda: None, (), loop)
+
+    def run(self) -> None:
+        self._loop.call_soon_threadsafe(self._own._run)
+
+    def put_back(self) -> None:
+        if self._handlers.get(self._signum) is self._nothing:
+            self._handlers[self._signum] = self._own
+
+
 def loop_time(loop: asyncio.AbstractEventLoop, when: float) -> float:
     # uvloop's clock stands still within a cycle: not the same as monotonic().
     return loop.time() + max(0.0, when - monotonic())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Awaitable, Callable, Generator
+from contextvars import copy_context
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -156,8 +158,8 @@ class Channel(_Limited):
         return self._gen is None and self._error is exc
 
     @property
-    def driving(self) -> bool:
-        return self._gen is not None
+    def generator(self) -> PQGen[Any] | None:
+        return self._gen
 
     def _leave(self) -> None:
         if not self.closed:
@@ -237,19 +239,22 @@ class _Inline(_Limited, Generic[T]):
         self._value = await fn()
 
 
-class _Thread(Generic[T]):
-    """A system task waits for the thread, so that our own waiting can be given up."""
+class _SystemTask(Generic[T]):
+    """trio cancels it when the main task has ended."""
 
-    def __init__(self, fn: Callable[[], T]) -> None:
+    def __init__(self, fn: Callable[[], Awaitable[T]]) -> None:
         self._waiter = Waiter()
         self._value: T | None = None
         self._error: BaseException | None = None
-        trio.lowlevel.spawn_system_task(self._run, fn)
+        trio.lowlevel.spawn_system_task(self._run, fn, context=copy_context())
 
-    async def _run(self, fn: Callable[[], T]) -> None:
+    async def _run(self, fn: Callable[[], Awaitable[T]]) -> None:
         try:
-            self._value = await trio.to_thread.run_sync(fn, abandon_on_cancel=True)
-        except Exception as exc:
+            self._value = await fn()
+        except trio.Cancelled as exc:
+            self._error = exc
+            raise
+        except BaseException as exc:  # it would take trio down with it
             self._error = exc
         finally:
             self._waiter.wake()
@@ -294,11 +299,18 @@ class Backend:
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
         return _Connecting(gen)
 
+    def background(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        return _SystemTask(fn)
+
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
-        return _Thread(fn)
+        # Its own task waits for the thread, so that our waiting can be given up.
+        return _SystemTask(partial(trio.to_thread.run_sync, fn, abandon_on_cancel=True))
 
     def when_reset(self, handler: Handler, call: Callable[[], object]) -> bool:
         return False
+
+    def take_signal(self, signum: int, handler: object) -> None:
+        return None
 
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -6,8 +6,9 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
+from signal import SIGINT
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -26,12 +27,14 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import Section, Unit, commit, rollback
 from .._outcome import TransactionState
+from .._signals import watching
 from .._transaction import Transaction
 from ._connecting import attempts, check_timeout, connect_error
 from ._cursor import AsyncServerCursor
 from ._generators import begin_command
 from ._messages import on_notice, on_notify, take_idle_input
 from ._pipeline import Pipeline
+from ._signalled import SignalWatch
 from ._stopping import StatementStopping
 
 if TYPE_CHECKING:
@@ -87,6 +90,8 @@ class AsyncConnection(StatementStopping[Row]):
         self._blocks: list[Transaction[Any]] = []
         self._unit: Unit | None = None
         self._fatal: psycopg.Error | None = None
+        self._signalled = None
+        self._uncancellable: object = None
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting
@@ -185,12 +190,18 @@ class AsyncConnection(StatementStopping[Row]):
         except Expired:
             channel.abandon()
             raise errors._WaitTimeout("wait timeout expired") from None
+        except GeneratorExit:
+            self._signalled = None
+            raise
         except BaseException as exc:
             # A cancellation, or the exception of a signal handler.
-            if isinstance(exc, (Exception, GeneratorExit)):
-                raise
-            await self._stop_statement(exc, gen)
+            if not isinstance(exc, Exception):
+                await self._stop_statement(exc, gen)
             raise
+        finally:
+            if self._signalled is not None:
+                signalled, self._signalled = self._signalled, None
+                await signalled.dealt_with()
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[psycopg.AsyncPipeline]:
@@ -248,6 +259,25 @@ class AsyncConnection(StatementStopping[Row]):
             await rollback(self, unit, self._tpc_finish_gen("ROLLBACK", xid))
         finally:
             self._settled(unit)
+
+    def cancel_on_signal(self, *signals: int) -> AbstractContextManager[None]:
+        """Let the first of `signals` cancel the statement that runs, during a ``with`` block.
+
+        Like Ctrl-C in psql: the server is asked to cancel the statement, and
+        `psycopg.errors.QueryCanceled` is raised where it runs. The next arrival, or
+        one that comes while nothing runs on the connection, does what the program's
+        own handler does. A COMMIT is never cancelled: the signal is the program's
+        then, once the outcome is known.
+
+        Blocks may be nested, also of several connections: what runs on any of them
+        is cancelled. The program's handlers are put back at the end.
+
+        :param signals: as in `signal`; SIGINT if none is given.
+
+        Entering raises `RuntimeError` outside of the main thread, where Python
+        handles no signals.
+        """
+        return watching(signals or (SIGINT,), self._backend, SignalWatch(self))
 
     def _settled(self, unit: Unit | None) -> None:
         if unit is not None and unit.state is not TransactionState.ACTIVE:

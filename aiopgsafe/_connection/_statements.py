@@ -17,6 +17,11 @@ _ENDS_TRANSACTION = re.compile(
 )
 
 
+def name_of(gen: PQGen[Any]) -> str:
+    """The name of the function that made the generator."""
+    return getattr(gen, "__name__", "")
+
+
 def ending_statement(gen: PQGen[Any]) -> psycopg.AsyncCursor[Any] | None:
     """The cursor if `gen` executes a statement that ends a transaction, as text of the user's.
 

@@ -14,13 +14,14 @@ from psycopg.rows import Row
 from .._backends import Backend, Channel, Expired, Job
 from .._shield import Shield
 from ._generators import EndingGenerators
-from ._statements import ending_statement
+from ._statements import ending_statement, name_of
 
 if TYPE_CHECKING:
-    from psycopg.abc import PQGen
+    from psycopg.abc import PQGen, PQGenConn
 
 logger = logging.getLogger("aiopgsafe")
 
+AWAITING_RESPONSE = pq.ConnStatus.AWAITING_RESPONSE
 ACTIVE = pq.TransactionStatus.ACTIVE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
@@ -32,6 +33,10 @@ the server then finds nothing to cancel and the statement runs on.
 """
 
 
+class LateCancel(psycopg.OperationalError):
+    """A cancel request was sent, and whether it has been dealt with can't be known."""
+
+
 class StatementStopping(EndingGenerators[Row]):
     """The part of `AsyncConnection` that cancels statements."""
 
@@ -39,6 +44,8 @@ class StatementStopping(EndingGenerators[Row]):
     cancel_timeout: float
     _backend: Backend
     _channel: Channel
+    _signalled: Any  # a `SignalledCancel`, or None
+    _uncancellable: object
 
     def _drop(self, reason: str) -> None:
         logger.warning("closing %s: %s", self, reason)
@@ -60,7 +67,7 @@ class StatementStopping(EndingGenerators[Row]):
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
             return
-        name = getattr(gen, "__name__", "")
+        name = name_of(gen)
         if name == "notifies" or (self.pgconn.transaction_status != ACTIVE and not self._pipeline):
             # Nothing was asked of the server. In a pipeline that can't be told:
             # commands, the Sync above all, may still be queued here.
@@ -79,7 +86,7 @@ class StatementStopping(EndingGenerators[Row]):
         """Cancel on the server what the channel drives, again and again until it has ended."""
         pause = FIRST_PAUSE
         ended = False
-        if not self._channel.driving:  # it has just ended: nobody asks for its result
+        if self._channel.generator is None:  # it has just ended: nobody asks for its result
             self._channel.abandon()
             return
         while not ended:
@@ -142,6 +149,8 @@ class StatementStopping(EndingGenerators[Row]):
         job.limit(deadline)
         try:
             await shield.hold(job)
+        except LateCancel as exc:
+            self._drop(f"a cancel request may still reach the server ({exc})")
         except psycopg.Error as exc:
             logger.warning("query cancellation failed: %s", exc)
 
@@ -149,6 +158,28 @@ class StatementStopping(EndingGenerators[Row]):
         if capabilities.has_cancel_safe():
             return self._backend.connecting(cast("Any", self._cancel_gen()))
         return self._backend.in_thread(self.pgconn.get_cancel().cancel)
+
+    def _cancel_gen(self) -> PQGenConn[None]:
+        """psycopg's, which sees whether the request had been sent when it fails.
+
+        The server closes the connection of a request once it has signalled the
+        session (PostgreSQL documentation, "Canceling Requests in Progress").
+        """
+        cancel_conn = self.pgconn.cancel_conn()
+        cancel_conn.start()
+        gen = generators.cancel(cancel_conn)
+        sent = False
+        try:
+            wanted = next(gen)
+            while True:
+                sent = cancel_conn.status == AWAITING_RESPONSE
+                wanted = gen.send((yield wanted))
+        except StopIteration:
+            return
+        except psycopg.Error as exc:
+            if sent:
+                raise LateCancel(str(exc)) from exc
+            raise
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """Ask the server to cancel what runs on the connection.
