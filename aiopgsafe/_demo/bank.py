@@ -17,6 +17,11 @@ ACCOUNTS = 200
 BALANCE = 10_000
 """Of each account at the start, in euros."""
 
+REPORT_EVERY = 15
+"""Of so many transfers one comes after a report."""
+
+REPORT = b"SELECT pg_sleep(60) AS report"
+
 SETTLE_TIMEOUT = 10.0
 """Seconds for the server to end the sessions whose clients have left."""
 
@@ -32,6 +37,7 @@ class Transfer:
     :ivar amount: euros.
     :ivar kind: the name of the way in which it is cancelled.
     :ivar moment: when: as a part of the time that a transfer usually takes.
+    :ivar report: before it the client begins a query that takes a minute, and is cancelled.
     """
 
     id: str
@@ -40,6 +46,7 @@ class Transfer:
     amount: int
     kind: str
     moment: float
+    report: bool = False
 
 
 def plan(seed: int, client: int, kinds: list[str]) -> Iterator[Transfer]:
@@ -53,7 +60,9 @@ def plan(seed: int, client: int, kinds: list[str]) -> Iterator[Transfer]:
         moment = random.uniform(0.0, 1.1)
         amount = random.randint(1, 100)
         kind = random.choice(kinds)
-        yield Transfer(f"transfer-{client}-{number}", source, target, amount, kind, moment)
+        name = f"transfer-{client}-{number}"
+        report = number % REPORT_EVERY == 0
+        yield Transfer(name, source, target, amount, kind, moment, report)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,14 @@ class Bank:
         # Always in the same order, so that no two clients wait for each other.
         for change in sorted(changes, key=lambda change: change[1]):
             await conn.execute(self._update, change)
+
+    def end_reports(self, conn: psycopg.Connection[Any]) -> int:
+        """How many reports still run on the server; they are ended."""
+        query = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = %s AND state = 'active' AND query = %s"
+        )
+        return len(conn.execute(query, (self.schema, REPORT.decode())).fetchall())
 
     def truth(self) -> Truth:
         """Read the tables, over a connection of its own, once the clients' sessions have ended.

@@ -14,7 +14,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from .. import AsyncConnection, TransactionState
-from .bank import Bank, Transfer
+from .bank import REPORT, Bank, Transfer
 from .cancelling import Way
 from .wires import Wires
 
@@ -26,6 +26,9 @@ POOL_TIMEOUT = 5.0
 
 SETTLE_TIMEOUT = 2.0
 """Seconds for a pool to be complete again when its clients have finished."""
+
+REPORT_CANCELLED_AFTER = 0.01
+"""Seconds."""
 
 CALM_START = 3
 """How many transfers of each client nobody cancels, so that we know what they take."""
@@ -53,6 +56,7 @@ class Book:
     :ivar unexpected: exceptions that are no cancellation and no lost connection: how many.
     :ivar finished: clients that have come to their end.
     :ivar cancelled: transfers that ended with a cancellation.
+    :ivar reports: that were begun, each of which is cancelled.
     :ivar usual_time: seconds that a transfer takes when nobody cancels it.
     :ivar started: `time.monotonic()` when the clients began; None: they haven't.
     """
@@ -61,6 +65,7 @@ class Book:
     unexpected: dict[str, int] = field(default_factory=dict)
     finished: int = 0
     cancelled: int = 0
+    reports: int = 0
     usual_time: float = 0.0
     started: float | None = None
 
@@ -172,7 +177,11 @@ class OneEach:
         conn = self._connections[client]
         if conn is None or conn.closed:
             conn = self._connections[client] = await AsyncConnection.connect(self._wires.new())
-        yield conn
+        try:
+            yield conn
+        finally:
+            if not conn.closed:
+                await conn.rollback()
 
     async def settle(self) -> int:
         for client in range(len(self._connections)):
@@ -236,12 +245,21 @@ async def run_client(
             note.ending = "normal"
             book.note_time(time.monotonic() - started)
 
+    async def report(conn: Any) -> None:
+        try:
+            await conn.execute(REPORT)
+        finally:
+            book.reports += 1
+
     for count, transfer in enumerate(transfers):
         if time.monotonic() >= until:
             break
         note = book.notes[transfer.id] = Note(transfer)
         delay = None if count < CALM_START else transfer.moment * book.usual_time
         try:
+            if transfer.report:
+                async with source.connection(number) as conn:
+                    await ways[transfer.kind](partial(report, conn), REPORT_CANCELLED_AFTER)
             async with source.connection(number) as conn:
                 await ways[transfer.kind](partial(work, conn, note), delay)
         except Exception as error:

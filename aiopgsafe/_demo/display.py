@@ -23,6 +23,7 @@ FAULTS = {
     "callbacks_lost": "not run",
     "callbacks_doubled": "run twice",
     "thrown_away": "connections thrown away",
+    "left_running": "cancelled queries left running on the server",
     "money_astray": "€ that moved against what the client believes",
     "money_created": "€ created or lost in the accounts",
     "places_lost": "places of the pool lost",
@@ -93,6 +94,9 @@ class Report:
 
         self._section("What it cost")
         self._fault("thrown_away")
+        self._rate("   for each cancellation", "thrown_away", "cancelled", "reports")
+        self._fact("long queries cancelled", "reports")
+        self._fault("left_running")
         self._fault("money_astray")
         self._fault("money_created")
         for name in ("places_lost", "clients_stuck", "unexpected"):
@@ -110,6 +114,14 @@ class Report:
         for side in self._sides:
             value = _value(side, name)
             cells += [Text(f"{value:,}", style=style if value else "dim"), Text()]
+        self._table.add_row(f"  {label}", *cells)
+
+    def _rate(self, label: str, name: str, *of: str) -> None:
+        cells: list[Text] = []
+        for side in self._sides:
+            count = sum(_value(side, each) for each in of)
+            rate = f"{_value(side, name) / count:.2f}" if count else "-"
+            cells += [Text(rate, style="dim"), Text()]
         self._table.add_row(f"  {label}", *cells)
 
     def _fault(self, name: str) -> None:

@@ -17,6 +17,7 @@ MUST_BE_ZERO = (
     "callbacks_lost",
     "callbacks_doubled",
     "thrown_away",
+    "left_running",
     "places_lost",
     "money_created",
     "money_astray",
@@ -46,6 +47,8 @@ class Figures:
     :ivar callbacks_doubled: it ran more than once.
     :ivar opened: connections opened.
     :ivar thrown_away: those of them that the server did not kill and that were replaced.
+    :ivar reports: long queries begun, each of which was cancelled.
+    :ivar left_running: those of them that ran on on the server a second after the last one.
     :ivar places_lost: of the pool, that have no connection any more.
     :ivar money_created: the sum of the balances now, less what it was at the start.
     :ivar money_astray: the sum of the transfers of which a client believes the wrong thing,
@@ -69,6 +72,8 @@ class Figures:
     callbacks_doubled: int = 0
     opened: int = 0
     thrown_away: int = 0
+    reports: int = 0
+    left_running: int = 0
     places_lost: int = 0
     money_created: int = 0
     money_astray: int = 0
@@ -131,6 +136,7 @@ def figures_of(
     kinds: Iterable[str],
     size: int,
     places_lost: int,
+    left_running: int,
 ) -> Figures:
     """One side's figures.
 
@@ -143,6 +149,8 @@ def figures_of(
         killed_in_commit=len(wires.answer_lost),
         opened=wires.opened,
         thrown_away=wires.opened - size - wires.killed + places_lost,
+        reports=book.reports,
+        left_running=left_running,
         places_lost=places_lost,
         money_created=truth.balances - bank.start,
         clients_stuck=size - book.finished,

@@ -37,6 +37,10 @@ LAST_WORDS = 15.0
 """Seconds for the clients to finish what they have begun, after which they are stuck."""
 
 
+LEFT_RUNNING_AFTER = 1.0
+"""Seconds after the last cancellation: what runs then was not cancelled on the server."""
+
+
 @dataclass(frozen=True)
 class Side:
     """What is to be run.
@@ -70,15 +74,15 @@ class Side:
             Wires(self.proxied_dsn, bank) as wires,
         ):
 
-            async def run() -> int:
+            async def run() -> tuple[int, int]:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_watch, interrupts, tasks.cancel_scope, on_progress, book)
-                    places_lost = await self._run(bank, wires, book)
+                    lost = await self._run(bank, wires, book)
                     tasks.cancel_scope.cancel()
-                    return places_lost
-                return 0  # cancelled
+                    return lost
+                return 0, 0  # cancelled
 
-            places_lost = anyio.run(run, backend=backend, backend_options=options)
+            places_lost, left_running = anyio.run(run, backend=backend, backend_options=options)
             interrupts.raise_if_arrived()
             on_progress(book)
             truth = bank.truth()
@@ -87,6 +91,7 @@ class Side:
                 kinds=ways_of(self.loop),
                 size=self.clients,
                 places_lost=places_lost,
+                left_running=left_running,
             )
 
     @property
@@ -100,27 +105,27 @@ class Side:
             return open_one_each(wires, self.clients)
         return open_pool(AsyncConnection, wires, self.clients)
 
-    async def _run(self, bank: Bank, wires: Wires, book: Book) -> int:
-        """Return how many places of the pool were lost."""
+    async def _run(self, bank: Bank, wires: Wires, book: Book) -> tuple[int, int]:
+        """Return how many places of the pool were lost, how many reports were left running."""
         ways = ways_of(self.loop)
         async with self._open_source(wires) as source:
             book.started = time.monotonic()
             until = book.started + self.seconds
             random = Random(f"{self.seed}/kills")
-            with (
-                anyio.move_on_after(self.seconds + LAST_WORDS),
-                psycopg.connect(self.dsn, autocommit=True) as direct,
-            ):
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(_kill_backends, wires, direct, random, until)
-                    for number in range(self.clients):
-                        transfers = plan(self.seed, number, list(ways))
-                        tasks.start_soon(
-                            run_client,
-                            *(number, self._library, source, transfers),
-                            *(ways, bank, book, until),
-                        )
-            return await source.settle()
+            with psycopg.connect(self.dsn, autocommit=True) as direct:
+                with anyio.move_on_after(self.seconds + LAST_WORDS):
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(_kill_backends, wires, direct, random, until)
+                        for number in range(self.clients):
+                            transfers = plan(self.seed, number, list(ways))
+                            tasks.start_soon(
+                                run_client,
+                                *(number, self._library, source, transfers),
+                                *(ways, bank, book, until),
+                            )
+                await anyio.sleep(LEFT_RUNNING_AFTER)
+                running = await anyio.to_thread.run_sync(bank.end_reports, direct)
+            return await source.settle(), running
 
 
 async def _watch(
