@@ -79,10 +79,13 @@ class Session(Protocol):
         """Have the results of all that a pipeline has sent, so that the status is true."""
 
     def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        """Send `commands` one by one, in or out of a pipeline; the last one's result."""
+        """Send `commands` together, in or out of a pipeline; the last one's result."""
 
-    def _begin_command(self) -> bytes:
-        """BEGIN as the connection's own attributes want it."""
+    def _time_left(self) -> float:
+        """Seconds until the deadline that the server is to know of; infinity if none."""
+
+    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
+        """BEGIN, by default as the connection's attributes want it, and what belongs to it."""
 
     def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
         """COMMIT of a block; see `commit()`."""

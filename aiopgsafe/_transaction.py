@@ -227,6 +227,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
 
     def _begin_gen(self) -> PQGen[None]:
         session = self._session
+        time_left = session._time_left()
         pgconn = self.pgconn
         if pgconn.pipeline_status or pgconn.status != OK:
             yield from session._sync_gen()
@@ -248,7 +249,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             commands = [self._sql("SAVEPOINT")]
         else:
             session._unit = None  # of a transaction that ended without our commit()
-            commands = [self._begin or session._begin_command()]
+            commands = session._begin_commands(time_left, self._begin)
             if self._name:
                 commands.append(self._sql("SAVEPOINT"))
         session._push_block(self)

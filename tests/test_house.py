@@ -103,6 +103,8 @@ def test_psycopgs_private_parts_are_known_to_the_connection_only(storey: str, pa
         (psycopg.BaseConnection, "_notify_handler", "(wself, pgn)"),
         (psycopg.AsyncConnection, "_get_connection_params", "(conninfo, kwargs)"),
         (psycopg.AsyncConnection, "_try_cancel", "(self, timeout)"),
+        (psycopg.AsyncConnection, "_pipeline_nolock", "(self)"),
+        (psycopg.BaseConnection, "_start_query", "(self)"),
         (psycopg.AsyncConnection, "wait", "(self, gen, interval, timeout)"),
         (psycopg.AsyncCursor, "_execute_gen", "(self, query, params, prepare, binary)"),
         (psycopg.AsyncPipeline, "_sync_gen", "(self)"),
@@ -126,6 +128,7 @@ def test_psycopg_is_as_the_connection_believes() -> None:
     conn = inspect.getsource(psycopg.BaseConnection.__init__)
     for attribute in ("_num_transactions", "_tpc", "_notifies_backlog", "_notify_handlers"):
         assert f"self.{attribute}" in conn
+    assert "pgconn.cancel_conn()" in inspect.getsource(psycopg.BaseConnection._cancel_gen)
     assert ConnStatus.BAD == _backends.CONNECTION_BAD
     assert psycopg.waiting.Wait.R == psycopg.waiting.Ready.R == _readiness.READ
     assert psycopg.waiting.Wait.W == psycopg.waiting.Ready.W == _readiness.WRITE

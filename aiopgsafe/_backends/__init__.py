@@ -144,6 +144,9 @@ class Backend(EventLoop, Protocol):
     async def checkpoint(self) -> None:
         """Let the other tasks run, and be interrupted if that is due."""
 
+    def time_left(self) -> float:
+        """Seconds until the running task's deadline, as far as the loop knows it; else infinity."""
+
     def cancelled_now(self) -> bool:
         """Whether the next `checkpoint()` would be interrupted, where the loop can tell.
 

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
+import anyio
 from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
@@ -348,6 +349,10 @@ class Backend:
 
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)
+
+    def time_left(self) -> float:
+        # Of anyio's scopes. Nobody but its own timer knows of an asyncio.timeout().
+        return anyio.current_effective_deadline() - asyncio.get_running_loop().time()
 
     def cancelled_now(self) -> bool:
         return False

@@ -315,6 +315,9 @@ class Backend:
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    def time_left(self) -> float:
+        return trio.current_effective_deadline() - trio.current_time()
+
     def cancelled_now(self) -> bool:
         return trio.current_effective_deadline() == -inf
 

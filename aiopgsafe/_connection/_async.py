@@ -29,7 +29,7 @@ from .._ending import Section, Unit, commit, rollback
 from .._outcome import TransactionState
 from .._signals import watching
 from .._transaction import Transaction
-from ._connecting import attempts, check_timeout, connect_error
+from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncServerCursor
 from ._generators import begin_command
 from ._messages import on_notice, on_notify, take_idle_input
@@ -63,6 +63,13 @@ class AsyncConnection(StatementStopping[Row]):
     :param commit_timeout: seconds that the server has to answer COMMIT, ROLLBACK
         or BEGIN; after that the connection is closed.
     :param cancel_timeout: seconds that it has to end a cancelled statement.
+    :param statement_timeout: seconds that the server lets a statement run, whatever
+        becomes of the client: no query of a program that was killed runs for ever.
+        Costs nothing but a longer COMMIT: that is exempt from it.
+    :param send_deadline: whether BEGIN brings the server a ``statement_timeout``, up to the
+        deadline (and ``cancel_timeout``) of the task that begins: of anyio's and trio's
+        scopes. An `asyncio.timeout()` is known to nobody else. No round trip more, but a
+        command more for the server: off by default.
     """
 
     __module__ = "aiopgsafe"
@@ -71,6 +78,7 @@ class AsyncConnection(StatementStopping[Row]):
 
     commit_timeout: float = 30.0
     cancel_timeout: float = 5.0
+    send_deadline: bool = False
 
     def __init__(
         self,
@@ -90,6 +98,8 @@ class AsyncConnection(StatementStopping[Row]):
         self._blocks: list[Transaction[Any]] = []
         self._unit: Unit | None = None
         self._fatal: psycopg.Error | None = None
+        self._statement_timeout: float | None = None
+        self._limited = False
         self._signalled = None
         self._uncancellable: object = None
         self._notifies_listening: deque[Notify] | None = None
@@ -108,6 +118,8 @@ class AsyncConnection(StatementStopping[Row]):
         cursor_factory: type[psycopg.AsyncCursor[Row]] | None = None,
         commit_timeout: float = 30.0,
         cancel_timeout: float = 5.0,
+        statement_timeout: float | None = None,
+        send_deadline: bool = False,
         **kwargs: ConnParam,
     ) -> Self:
         """Connect to the server, as `psycopg.AsyncConnection.connect()` does.
@@ -117,6 +129,10 @@ class AsyncConnection(StatementStopping[Row]):
 
         :param commit_timeout: see the class; seconds, positive and finite.
         :param cancel_timeout: see the class; seconds, positive and finite.
+        :param statement_timeout: see the class; seconds, positive and finite; None: no
+            limit of ours. Sent in libpq's ``options``, which a PgBouncer refuses unless
+            it is told to ignore them.
+        :param send_deadline: see the class.
 
         Raises `ValueError` or `TypeError` for a bad timeout,
         `psycopg.ProgrammingError` for a bad connection string, and
@@ -125,7 +141,11 @@ class AsyncConnection(StatementStopping[Row]):
         """
         check_timeout("commit_timeout", commit_timeout)
         check_timeout("cancel_timeout", cancel_timeout)
+        if statement_timeout is not None:
+            check_timeout("statement_timeout", statement_timeout)
         params = await cls._get_connection_params(conninfo, **kwargs)
+        if statement_timeout is not None:
+            add_option(params, f"-c statement_timeout={max(1, round(statement_timeout * 1000))}")
         timeout = timeout_from_conninfo(params)
         backend = _backends.current()
         failures: list[tuple[psycopg.Error, str]] = []
@@ -160,6 +180,9 @@ class AsyncConnection(StatementStopping[Row]):
             )
         conn.commit_timeout = commit_timeout
         conn.cancel_timeout = cancel_timeout
+        conn.send_deadline = send_deadline
+        conn._statement_timeout = statement_timeout
+        conn._limited = statement_timeout is not None
         conn._autocommit = bool(autocommit)
         if row_factory:
             conn.row_factory = row_factory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ def check_timeout(name: str, seconds: float) -> None:
         raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}")
     if not isfinite(seconds) or seconds <= 0:
         raise ValueError(f"{name} must be a positive, finite number of seconds, not {seconds}")
+
+
+def add_option(params: ConnDict, option: str) -> None:
+    """Add a server setting to ``options``, as they are given or else in the environment."""
+    options = params.get("options") or os.environ.get("PGOPTIONS", "")
+    params["options"] = f"{options} {option}".strip()
 
 
 async def attempts(backend: Backend, params: ConnDict) -> list[ConnDict]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
-from psycopg import IsolationLevel, errors, pq
+from psycopg import IsolationLevel, errors, generators, pq
 from psycopg.rows import Row
 
+from .._backends import Backend
 from .._errors import CommitUnknown
 from .._outcome import TransactionState, check_tag
 
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aiopgsafe")
 
+NO_TIMEOUT = b"SET LOCAL statement_timeout TO 0"
+MAX_TIMEOUT = 86_400.0
+"""Seconds after which a deadline is none: PostgreSQL's limit is 24 days."""
+
 OK = pq.ConnStatus.OK
+COMMAND_OK = pq.ExecStatus.COMMAND_OK
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
@@ -33,8 +40,13 @@ INERROR = pq.TransactionStatus.INERROR
 class EndingGenerators(psycopg.AsyncConnection[Row]):
     """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
 
+    cancel_timeout: float
+    send_deadline: bool
+    _backend: Backend
     _blocks: list[Transaction[Any]]
     _unit: Unit | None
+    _statement_timeout: float | None
+    _limited: bool  # whether COMMIT has a timeout to be rid of
 
     # psycopg refuses commit(), set_autocommit() ... inside a block by its count.
 
@@ -54,7 +66,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if self._unit is not None and self.pgconn.transaction_status == IDLE:
             self._forget_unit()
         if not self._autocommit and self.pgconn.transaction_status == IDLE:
-            yield from super()._start_query()
+            yield from self._commands_gen(self._begin_commands(self._time_left()))
 
     def _forget_unit(self) -> None:
         """A statement ended the transaction (COMMIT or ROLLBACK): which, we don't know."""
@@ -63,8 +75,19 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             unit.advance(TransactionState.UNKNOWN)
             unit.take()
 
-    def _begin_command(self) -> bytes:
-        return self._get_tx_start_command()
+    def _time_left(self) -> float:
+        """For the server; asked for in the task, before its generator waits elsewhere."""
+        if not self.send_deadline:
+            return inf
+        # The client's own cancellation comes first: this one is for a client that died.
+        left = self._backend.time_left() + self.cancel_timeout
+        limit = self._statement_timeout or MAX_TIMEOUT
+        return left if left < limit else inf
+
+    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
+        begin = begin or self._get_tx_start_command()
+        self._limited = self._statement_timeout is not None or time_left < inf
+        return [begin, set_timeout(time_left)] if time_left < inf else [begin]
 
     def _sync_gen(self) -> PQGen[None]:
         self._check_connection_ok()
@@ -72,17 +95,18 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             yield from self._pipeline._sync_gen()
 
     def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        result: PGresult | None = None
-        for command in commands:
-            if self._pipeline:
-                result = yield from self._pipelined_gen(command)
-            else:
-                result = yield from self._exec_command(command)
-        assert result is not None
+        self._check_connection_ok()
+        if self._pipeline:
+            return (yield from self._pipelined_gen(commands))
+        # The simple protocol: poolers know it, and it takes several commands at once.
+        self.pgconn.send_query(b";".join(commands))
+        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != COMMAND_OK:
+            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
         return result
 
-    def _pipelined_gen(self, command: bytes) -> PQGen[PGresult]:
-        """Send a command in pipeline mode and have its result at once.
+    def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        """Send commands in pipeline mode and have the last one's result at once.
 
         psycopg checks the results of its own commands and drops them. Ours goes
         through the queue in the place of a cursor that keeps it. An error of an
@@ -99,8 +123,9 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
                     raise
                 logger.debug("earlier error in pipeline on %s: %s", self, exc)
         kept = _KeptResult(self.pgconn)
-        pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
-        pipeline.result_queue.append(cast("Any", (kept, None)))
+        for command in commands:
+            pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
+            pipeline.result_queue.append(cast("Any", (kept, None)))
         yield from pipeline._sync_gen()
         assert kept.result is not None
         return kept.result
@@ -108,10 +133,12 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
-        if self._pipeline:
-            result = yield from self._pipelined_gen(b"COMMIT")
-        else:
-            result = cast("PGresult", (yield from self._exec_command(b"COMMIT")))
+        commands = [b"COMMIT"]
+        if self._limited and self.pgconn.transaction_status == INTRANS:
+            # A timeout cancels even the wait for synchronous replication: committed
+            # here, and not there.
+            commands.insert(0, NO_TIMEOUT)
+        result = yield from self._commands_gen(commands)
         if (tag := result.command_status) != b"COMMIT":
             try:
                 yield from self._forget_prepared_gen()
@@ -159,8 +186,14 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             yield from self._tpc_finish_gen("COMMIT", xid)
         self._check_connection_ok()
         unit.prepared = True
+        if self._limited:  # no transaction of its own: SET LOCAL would not do
+            yield from self._commands_gen([b"SET statement_timeout TO 0"])
         unit.advance(TransactionState.COMMITTING)
-        yield from self._tpc_finish_gen("COMMIT", xid)
+        try:
+            yield from self._tpc_finish_gen("COMMIT", xid)
+        finally:
+            if self._limited and self.pgconn.transaction_status == IDLE:
+                yield from self._commands_gen([b"RESET statement_timeout"])
         return True
 
     def _check_not_active(self) -> None:
@@ -191,6 +224,10 @@ class _KeptResult:
 
     def _set_results(self, results: Sequence[PGresult]) -> None:
         self.result = results[0]
+
+
+def set_timeout(seconds: float) -> bytes:
+    return b"SET LOCAL statement_timeout TO %d" % max(1, seconds * 1000)
 
 
 def begin_command(

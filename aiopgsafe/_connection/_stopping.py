@@ -11,7 +11,7 @@ from psycopg import errors, generators, pq
 from psycopg._capabilities import capabilities
 from psycopg.rows import Row
 
-from .._backends import Backend, Channel, Expired, Job
+from .._backends import Channel, Expired, Job
 from .._shield import Shield
 from ._generators import EndingGenerators
 from ._statements import ending_statement, name_of
@@ -41,8 +41,6 @@ class StatementStopping(EndingGenerators[Row]):
     """The part of `AsyncConnection` that cancels statements."""
 
     commit_timeout: float
-    cancel_timeout: float
-    _backend: Backend
     _channel: Channel
     _signalled: Any  # a `SignalledCancel`, or None
     _uncancellable: object
