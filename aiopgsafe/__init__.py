@@ -3,14 +3,17 @@
 from psycopg import IsolationLevel, Notify, Rollback
 
 from ._connection import AsyncConnection
-from ._errors import CommitRolledBack, CommitUnknown
+from ._errors import CommitRolledBack, CommitUnknown, ConnectionReleased
 from ._outcome import TransactionState
+from ._pool import AsyncConnectionPool
 from ._transaction import Transaction
 
 __all__ = [
     "AsyncConnection",
+    "AsyncConnectionPool",
     "CommitRolledBack",
     "CommitUnknown",
+    "ConnectionReleased",
     "IsolationLevel",
     "Notify",
     "Rollback",

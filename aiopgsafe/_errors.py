@@ -3,12 +3,16 @@
 ::
 
     psycopg.Error
-    └── psycopg.DatabaseError
-        └── psycopg.OperationalError
-            ├── psycopg.errors.TransactionResolutionUnknown   (08007)
-            │   └── CommitUnknown       COMMIT was sent, its outcome can't be known
-            └── psycopg.errors.TransactionRollback            (40000)
-                └── CommitRolledBack    COMMIT was sent, the server answered ROLLBACK
+    ├── psycopg.DatabaseError
+    │   └── psycopg.OperationalError
+    │       ├── psycopg.errors.TransactionResolutionUnknown   (08007)
+    │       │   └── CommitUnknown       COMMIT was sent, its outcome can't be known
+    │       ├── psycopg.errors.TransactionRollback            (40000)
+    │       │   └── CommitRolledBack    COMMIT was sent, the server answered ROLLBACK
+    │       ├── Draining                no new work: the database drains
+    │       └── psycopg_pool's PoolTimeout, PoolClosed, TooManyRequests
+    └── psycopg.InterfaceError
+        └── ConnectionReleased          use after the connection went back to its pool
 
 A server error in answer to COMMIT (a deferred constraint, a serialization
 failure) stays what psycopg makes of it: `UniqueViolation`,
@@ -17,9 +21,10 @@ failure) stays what psycopg makes of it: `UniqueViolation`,
 
 from __future__ import annotations
 
+import psycopg
 from psycopg import errors
 
-__all__ = ["CommitRolledBack", "CommitUnknown"]
+__all__ = ["CommitRolledBack", "CommitUnknown", "ConnectionReleased", "Draining"]
 
 
 class CommitUnknown(errors.TransactionResolutionUnknown):
@@ -45,6 +50,25 @@ class CommitRolledBack(errors.TransactionRollback):
     failed and the program went on regardless (PostgreSQL documentation, part VI,
     COMMIT). psycopg and asyncpg end such a block as if it were committed. A
     `psycopg.OperationalError` with SQLSTATE 40000.
+    """
+
+    __module__ = "aiopgsafe"
+
+
+class ConnectionReleased(psycopg.InterfaceError):
+    """The connection was given back to its pool and is used by who had it before.
+
+    Raised by everything on that connection, its cursors and its transactions, also
+    while somebody else holds it: nothing is sent. A `psycopg.InterfaceError`.
+    """
+
+    __module__ = "aiopgsafe"
+
+
+class Draining(psycopg.OperationalError):
+    """The database drains: it finishes what runs and begins nothing new.
+
+    A `psycopg.OperationalError`; nothing was sent, another instance may do the work.
     """
 
     __module__ = "aiopgsafe"

@@ -250,10 +250,10 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         else:
             session._unit = None  # of a transaction that ended without our commit()
             commands = session._begin_commands(time_left, self._begin)
-            if self._name:
-                commands.append(self._sql("SAVEPOINT"))
         session._push_block(self)
         yield from session._commands_gen(commands)
+        if self._name and not self._is_savepoint:
+            yield from session._commands_gen([self._sql("SAVEPOINT")])
         self._entered = True
         self.status = self.Status.ACTIVE
         self._advance(ACTIVE)

@@ -30,6 +30,7 @@ STOREYS = [
     "_transaction",
     "_signals",
     "_connection",
+    "_pool",
 ]
 """From top to bottom: a module may import what stands above it."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "Background",
     "Channel",
     "Expired",
     "Handler",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 MAX_BUSY = 0.005
 """Seconds for which one connection may keep the loop to itself while nothing blocks."""
@@ -52,16 +54,28 @@ class OtherLoop(InterfaceError):
         super().__init__("the connection belongs to another event loop: connect in this one")
 
 
+class Told(Protocol):
+    """What a channel tells of what happens on its connection, from the loop's callbacks."""
+
+    def idle_input(self, pgconn: PGconn) -> bool:
+        """Something has arrived while nothing runs.
+
+        It takes the input and returns True, or False if the input belongs to a
+        statement in progress (a `stream()` between two rows), which will ask.
+        """
+
+    def lost(self) -> None:
+        """The connection is lost, and the channel closed. Called once."""
+
+
 class Channel(Job[Any], Protocol):
     """One connection's place in the event loop: a job at a time, and a watch in between.
 
     :param pgconn: the connected libpq connection.
-    :param on_idle_input: called when something arrives while nothing runs. It
-        takes the input and returns True, or False if the input belongs to a
-        statement in progress (a `stream()` between two rows), which will ask.
+    :param told: what is told of what happens on it.
     """
 
-    def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None: ...
+    def __init__(self, pgconn: PGconn, told: Told) -> None: ...
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         """Begin to drive `gen`; `wait()` then gives its result. `OtherLoop` in another loop."""
@@ -71,6 +85,15 @@ class Channel(Job[Any], Protocol):
 
     def abandon(self) -> None:
         """Drive the current generator no further."""
+
+    def watch(self, on: bool) -> None:
+        """Whether what arrives while nothing runs is to be seen at once.
+
+        asyncio sees it in any case; trio pays for it.
+        """
+
+    def look(self) -> bool:
+        """Take what has arrived and nobody has seen yet; whether the connection lives."""
 
     def close(self, error: BaseException) -> None:
         """Leave the event loop, before libpq closes the socket. Who waits gets `error`.
@@ -108,10 +131,17 @@ class Waiter(Job[None], Protocol):
         """End the waiting; before `wait()` too. From the loop's thread."""
 
 
+class Background(Job[T_co], Protocol):
+    """Something that runs beside all tasks."""
+
+    def cancel(self) -> None:
+        """Interrupt it where it waits."""
+
+
 class Backend(EventLoop, Protocol):
     """The running event loop: what a shield needs of it, and what connections do."""
 
-    def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
+    def channel(self, pgconn: PGconn, told: Told) -> Channel:
         """Bring a connection into the loop."""
 
     def waiter(self) -> Waiter:
@@ -126,12 +156,18 @@ class Backend(EventLoop, Protocol):
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         """Run a blocking `fn` in a thread; an abandoned one runs on to its end."""
 
-    def background(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+    def background(self, fn: Callable[[], Awaitable[T]]) -> Background[T]:
         """Run `fn` beside all tasks, to its end even if nobody waits for it.
 
         Where the loop is torn down before, it is cancelled. Nobody sees what it
         raises but who waits.
         """
+
+    def is_current(self) -> bool:
+        """Whether we are in this loop."""
+
+    def current_task(self) -> object:
+        """What tells the running task from others."""
 
     def take_signal(self, signum: int, handler: object) -> LoopHandler | None:
         """Take a handler from the loop (`loop.add_signal_handler()`) that it calls by itself.

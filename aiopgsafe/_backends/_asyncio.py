@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, ref
 import anyio
 from psycopg import OperationalError
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop, Told
 from ._asyncio_jobs import Connecting, LoopHandler, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
@@ -43,21 +43,21 @@ class Channel:
         "_last_yield",
         "_limit",
         "_loop",
-        "_on_idle_input",
         "_pgconn",
         "_readiness",
         "_reading",
         "_timer",
         "_timer_when",
+        "_told",
         "_value",
         "_writing",
         "closed",
     )
 
-    def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None:
+    def __init__(self, pgconn: PGconn, told: Told) -> None:
         self._loop = asyncio.get_running_loop()
         self._pgconn = pgconn
-        self._on_idle_input = on_idle_input
+        self._told = told
         self._fd = pgconn.socket
         self._gen: PQGen[Any] | None = None
         self._future: asyncio.Future[Any] | None = None
@@ -152,6 +152,14 @@ class Channel:
             # this asyncio would log that its exception was never retrieved.
             future.exception()
 
+    def watch(self, on: bool) -> None:
+        pass
+
+    def look(self) -> bool:
+        if not self.closed and not self._readiness.quiet() and self._gen is None:
+            self._on_unasked()
+        return not self.closed
+
     def close(self, error: BaseException) -> None:
         self._leave()
         if self._gen is not None:
@@ -192,6 +200,10 @@ class Channel:
                     self._loop.remove_writer(self._fd)
             self._reading = self._writing = False
 
+    def _lost(self) -> None:
+        self._leave()
+        self._told.lost()
+
     # In the loop's callbacks
 
     def _on_readable(self) -> None:
@@ -206,9 +218,9 @@ class Channel:
             self._advance(READ)
 
     def _on_unasked(self) -> None:
-        while self._on_idle_input():
+        while self._told.idle_input(self._pgconn):
             if self._pgconn.status == CONNECTION_BAD:
-                self._leave()
+                self._lost()
                 return
             if not self._readiness.failed():
                 return
@@ -255,7 +267,7 @@ class Channel:
             if self._pgconn.status == CONNECTION_BAD:
                 # libpq has just closed the socket: out of the loop before anything
                 # else runs that may get a descriptor of the same number.
-                self._leave()
+                self._lost()
             elif not self._reading:
                 self._watch()
         future = self._future
@@ -268,7 +280,9 @@ class Channel:
                 self._settle(future)
 
     def _settle(self, future: asyncio.Future[Any]) -> None:
-        if not future.done():
+        # In a later turn than its generator ended, it may have been forgotten: the
+        # next one's outcome is not for it.
+        if future is self._future and not future.done():
             if self._error is not None:
                 future.set_exception(self._error)
             else:
@@ -300,8 +314,8 @@ class Backend:
         loop = self._loop()
         return loop is not None and loop.is_running()
 
-    def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
-        return Channel(pgconn, on_idle_input)
+    def channel(self, pgconn: PGconn, told: Told) -> Channel:
+        return Channel(pgconn, told)
 
     def waiter(self) -> Waiter:
         return Waiter()
@@ -314,7 +328,14 @@ class Backend:
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         return Task(fn())
 
-    background = spawn
+    def background(self, fn: Callable[[], Awaitable[T]]) -> Task[T]:
+        return Task(fn(), registered=True)
+
+    def is_current(self) -> bool:
+        return asyncio._get_running_loop() is self._loop()
+
+    def current_task(self) -> object:
+        return asyncio.current_task()
 
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
         return Connecting(gen)

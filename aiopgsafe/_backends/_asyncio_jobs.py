@@ -106,16 +106,20 @@ class Connecting(Waiter, Generic[T]):
 
 
 class Task(Generic[T]):
-    """A coroutine in a task that nobody but us knows of."""
+    """A coroutine in a task of its own.
 
-    def __init__(self, awaitable: Awaitable[T]) -> None:
+    :param registered: whether the loop's teardown knows of it, and cancels it.
+    """
+
+    def __init__(self, awaitable: Awaitable[T], *, registered: bool = False) -> None:
         loop = asyncio.get_running_loop()
         self._task: asyncio.Task[tuple[T | None, BaseException | None]] = asyncio.Task(
             _outcome(awaitable), loop=loop, context=contextvars.copy_context()
         )
         # asyncio.run's teardown cancels all_tasks(): not this one. Documented for
         # those who write task implementations ("Extending asyncio").
-        asyncio.tasks._unregister_task(self._task)
+        if not registered:
+            asyncio.tasks._unregister_task(self._task)
         self._waiter = Waiter()
         self._task.add_done_callback(lambda _: self._waiter.wake())
         self._timer: asyncio.TimerHandle | None = None
@@ -144,6 +148,9 @@ class Task(Generic[T]):
             self._timer.cancel()
         loop = self._task.get_loop()
         self._timer = loop.call_at(loop_time(loop, when), self._cancel)
+
+    def cancel(self) -> None:
+        self._task.cancel()
 
     def _cancel(self) -> None:
         self._expired = True

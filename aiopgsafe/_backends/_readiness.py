@@ -28,6 +28,11 @@ class Readiness:
                 ready |= WRITE
         return ready & want
 
+    def quiet(self) -> bool:
+        """Whether there is nothing to read, nor an error."""
+        events = self._poll(0)
+        return not events or (len(events) == 1 and events[0][1] == select.POLLOUT)
+
     def failed(self) -> bool:
         """Whether the socket is in error or has been hung up."""
         return any(events & (select.POLLERR | select.POLLHUP) for _, events in self._poll(0))

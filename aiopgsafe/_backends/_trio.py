@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import trio
 from psycopg import OperationalError
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop, Told
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -72,8 +72,11 @@ class Waiter(_Limited):
 class Channel(_Limited):
     """See `_backends.Channel`."""
 
-    def __init__(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> None:
+    def __init__(self, pgconn: PGconn, told: Told) -> None:
         super().__init__()
+        self._told = told
+        self._watching = False  # whether it should be seen at once
+        self._watched = False  # whether the watcher has it
         self._token = trio.lowlevel.current_trio_token()
         self._pgconn = pgconn
         self._fd = pgconn.socket
@@ -91,6 +94,8 @@ class Channel(_Limited):
             raise OtherLoop
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
+        if self._watched:
+            self._unwatch()
         self._gen = gen
         self._limit = limit
         self._advance(None)
@@ -145,6 +150,35 @@ class Channel(_Limited):
 
     def abandon(self) -> None:
         self._gen = None
+        if self._watching:
+            self.watch(True)
+
+    def watch(self, on: bool) -> None:
+        self._watching = on
+        if on and self._gen is None and not self._watched and not self.closed:
+            _watcher().add(self._fd, self._on_unasked)
+            self._watched = True
+        elif not on and self._watched:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        self._watched = False
+        _watcher().remove(self._fd)
+
+    def _on_unasked(self) -> None:
+        if not self._told.idle_input(self._pgconn):
+            self._unwatch()  # for a statement in progress: it would be seen again and again
+        elif self._pgconn.status == CONNECTION_BAD:
+            self._lost()
+
+    def _lost(self) -> None:
+        self._leave()
+        self._told.lost()
+
+    def look(self) -> bool:
+        if not self.closed and not self._readiness.quiet() and self._gen is None:
+            self._on_unasked()
+        return not self.closed
 
     def close(self, error: BaseException) -> None:
         self._leave()
@@ -152,7 +186,9 @@ class Channel(_Limited):
             self._end(None, error)
 
     def discard(self) -> None:
-        self.closed = True  # nothing of it is in the loop while nobody waits
+        self.closed = True
+        if self._watched:  # else nothing of it is in the loop while nobody waits
+            self._token.run_sync_soon(self._unwatch)
 
     def ended_with(self, exc: BaseException) -> bool:
         return self._gen is None and self._error is exc
@@ -164,6 +200,8 @@ class Channel(_Limited):
     def _leave(self) -> None:
         if not self.closed:
             self.closed = True
+            if self._watched:
+                self._unwatch()
             if trio.lowlevel.in_trio_run():
                 trio.lowlevel.notify_closing(self._fd)
             if self._both is not None:
@@ -186,8 +224,12 @@ class Channel(_Limited):
     def _end(self, value: Any, error: BaseException | None) -> None:
         self._gen = None
         self._value, self._error = value, error
-        if not self.closed and self._pgconn.status == CONNECTION_BAD:
-            self._leave()
+        if self.closed:
+            return
+        if self._pgconn.status == CONNECTION_BAD:
+            self._lost()
+        elif self._watching:
+            self.watch(True)
 
     async def _wait_both(self, fd: int) -> None:
         # trio waits for one direction at a time; an epoll or kqueue is itself
@@ -199,6 +241,36 @@ class Channel(_Limited):
 
     def _busy_too_long(self) -> bool:
         return monotonic() - self._last_yield > MAX_BUSY
+
+
+class _Watcher:
+    """Sees what arrives on connections that nobody waits for.
+
+    A selector of its own, which trio waits for: trio lets one task wait for a
+    descriptor, and that is whoever runs a statement.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        trio.lowlevel.spawn_system_task(self._run)
+
+    def add(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def remove(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    async def _run(self) -> None:
+        fd = self._selector.fileno()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                for key, _ in self._selector.select(0):
+                    # One callback may have removed another's.
+                    if self._selector.get_map().get(key.fd) is key:
+                        key.data()
+        finally:
+            self._selector.close()
 
 
 class _Connecting(_Limited, Generic[T]):
@@ -246,14 +318,16 @@ class _SystemTask(Generic[T]):
         self._waiter = Waiter()
         self._value: T | None = None
         self._error: BaseException | None = None
+        self._scope = trio.CancelScope()
         trio.lowlevel.spawn_system_task(self._run, fn, context=copy_context())
+
+    def cancel(self) -> None:
+        self._scope.cancel()
 
     async def _run(self, fn: Callable[[], Awaitable[T]]) -> None:
         try:
-            self._value = await fn()
-        except trio.Cancelled as exc:
-            self._error = exc
-            raise
+            with self._scope:
+                self._value = await fn()
         except BaseException as exc:  # it would take trio down with it
             self._error = exc
         finally:
@@ -284,8 +358,8 @@ class Backend:
     def running(self) -> bool:
         return trio.lowlevel.in_trio_run()
 
-    def channel(self, pgconn: PGconn, on_idle_input: Callable[[], bool]) -> Channel:
-        return Channel(pgconn, on_idle_input)
+    def channel(self, pgconn: PGconn, told: Told) -> Channel:
+        return Channel(pgconn, told)
 
     def waiter(self) -> Waiter:
         return Waiter()
@@ -299,8 +373,14 @@ class Backend:
     def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
         return _Connecting(gen)
 
-    def background(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+    def background(self, fn: Callable[[], Awaitable[T]]) -> _SystemTask[T]:
         return _SystemTask(fn)
+
+    def is_current(self) -> bool:
+        return trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self._token
+
+    def current_task(self) -> object:
+        return trio.lowlevel.current_task()
 
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:
         # Its own task waits for the thread, so that our waiting can be given up.
@@ -324,6 +404,18 @@ class Backend:
 
 def _trio_time(when: float) -> float:
     return trio.current_time() + (when - monotonic())
+
+
+_watchers: trio.lowlevel.RunVar[_Watcher] = trio.lowlevel.RunVar("aiopgsafe_watcher")
+
+
+def _watcher() -> _Watcher:
+    try:
+        return _watchers.get()
+    except LookupError:
+        found = _Watcher()
+        _watchers.set(found)
+        return found
 
 
 _backend: trio.lowlevel.RunVar[Backend] = trio.lowlevel.RunVar("aiopgsafe_backend")

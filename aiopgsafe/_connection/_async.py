@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from functools import partial
 from signal import SIGINT
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
-from weakref import ref
 
 import psycopg
-from psycopg import IsolationLevel, Notify, errors, generators, pq
+from psycopg import IsolationLevel, Notify, errors, pq
 from psycopg._capabilities import capabilities
 from psycopg._conninfo_utils import gssapi_requested
 from psycopg.adapt import AdaptersMap
@@ -30,12 +28,13 @@ from .._outcome import TransactionState
 from .._signals import watching
 from .._transaction import Transaction
 from ._connecting import add_option, attempts, check_timeout, connect_error
-from ._cursor import AsyncServerCursor
+from ._cursor import AsyncCursor, AsyncServerCursor
+from ._events import ConnectionEvents
 from ._generators import begin_command
-from ._messages import on_notice, on_notify, take_idle_input
+from ._messages import Told
 from ._pipeline import Pipeline
+from ._released import renewed
 from ._signalled import SignalWatch
-from ._stopping import StatementStopping
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -52,7 +51,7 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
-class AsyncConnection(StatementStopping[Row]):
+class AsyncConnection(ConnectionEvents[Row]):
     """A connection to the server: `psycopg.AsyncConnection` for asyncio, uvloop and trio.
 
     The same methods with the same meanings, and these promises more: a COMMIT
@@ -80,6 +79,9 @@ class AsyncConnection(StatementStopping[Row]):
     cancel_timeout: float = 5.0
     send_deadline: bool = False
 
+    _pool: Any  # of a pool's only: psycopg doesn't warn of those that are left open
+    _place: Any
+
     def __init__(
         self,
         pgconn: PGconn,
@@ -88,13 +90,12 @@ class AsyncConnection(StatementStopping[Row]):
         super().__init__(pgconn, row_factory)
         self._backend = _backends.current()
         self.lock = Lock(self._backend.waiter)
+        self.cursor_factory = AsyncCursor
         self.server_cursor_factory = AsyncServerCursor
-        # Neither the channel nor libpq's handlers refer to the connection: it
-        # stays collectable while the event loop knows its channel.
-        self._channel = self._backend.channel(pgconn, partial(take_idle_input, pgconn))
-        wself = cast("Any", ref(self))
-        pgconn.notice_handler = partial(on_notice, wself)
-        pgconn.notify_handler = partial(on_notify, wself)
+        self._told = Told(pgconn, cast("Any", self))
+        self._channel = self._backend.channel(pgconn, self._told)
+        self._disconnect_handlers: list[Callable[[psycopg.Error], object]] = []
+        self._listened = False  # whether it may have listened to a channel
         self._blocks: list[Transaction[Any]] = []
         self._unit: Unit | None = None
         self._fatal: psycopg.Error | None = None
@@ -370,10 +371,17 @@ class AsyncConnection(StatementStopping[Row]):
             if pool and getattr(pool, "close_returns", False):
                 await pool.putconn(self)
                 return
-            self._closed = True
-            self._channel.close(psycopg.OperationalError("the connection is closed"))
-            self.pgconn.finish()
+            self._close_now()
         await self._settle_at_close()
+
+    def _renewed(self) -> Self:
+        """Move to a new object for the next holder; this one raises `ConnectionReleased`."""
+        return renewed(self)
+
+    def _close_now(self) -> None:
+        self._closed = True
+        self._channel.close(psycopg.OperationalError("the connection is closed"))
+        self.pgconn.finish()
 
     async def _settle_at_close(self) -> None:
         unit, self._unit = self._unit, None
@@ -389,49 +397,3 @@ class AsyncConnection(StatementStopping[Row]):
         if channel is not None and not channel.closed:
             channel.discard()
         super().__del__()
-
-    # Being told
-
-    def _check_connection_ok(self) -> None:
-        if self.pgconn.status == OK:
-            return
-        if self._fatal is not None and self.pgconn.status == BAD:
-            # What the server said when it ended the session, idle: psycopg's
-            # users get it (AdminShutdown, ...) with the next statement.
-            fatal, self._fatal = self._fatal, None
-            raise fatal
-        super()._check_connection_ok()
-
-    async def notifies(
-        self, *, timeout: float | None = None, stop_after: int | None = None
-    ) -> AsyncGenerator[Notify]:
-        """Yield notifications as they arrive, as `psycopg.AsyncConnection.notifies()` does.
-
-        :param timeout: seconds for which to wait; None: no limit.
-        :param stop_after: stop after so many; more that came together are kept.
-        """
-        deadline = monotonic() + timeout if timeout is not None else None
-        received = 0
-        async with self.lock:
-            # Between two rounds the consumer has the loop and the channel watches
-            # the socket: what it takes goes here too (`_on_notify`).
-            queue = self._notifies_listening = self._notifies_backlog or deque()
-            self._notifies_backlog = deque()
-            try:
-                while stop_after is None or received < stop_after:
-                    if not queue:
-                        remaining = None if deadline is None else max(0.0, deadline - monotonic())
-                        try:
-                            await self.wait(generators.notifies(self.pgconn), timeout=remaining)
-                        except errors._WaitTimeout:
-                            break
-                        except errors._NO_TRACEBACK as exc:
-                            raise exc.with_traceback(None)  # noqa: B904
-                    while queue:
-                        received += 1
-                        yield queue.popleft()
-                    if deadline is not None and monotonic() > deadline:
-                        break
-            finally:
-                self._notifies_listening = None
-                self._notifies_backlog = queue

@@ -1,20 +1,49 @@
-"""Server-side cursors that are closed wherever their block is left."""
+"""Cursors: psycopg's, with what the connection must know and must shield."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import psycopg
+from psycopg import errors
 from psycopg.rows import Row
 
 from .._backends import Expired
 from .._ending import run
 from .._shield import Shield
+from ._statements import listens
 
 if TYPE_CHECKING:
+    from psycopg.abc import Params, Query
+
     from .._ending import Session
 
-__all__ = ["AsyncServerCursor"]
+__all__ = ["AsyncCursor", "AsyncServerCursor"]
+
+
+class AsyncCursor(psycopg.AsyncCursor[Row]):
+    """psycopg's, which notes that its session listens: a pool ends that."""
+
+    __module__ = "aiopgsafe"
+
+    async def execute(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> Self:
+        """Execute a query, as `psycopg.AsyncCursor.execute()` does."""
+        conn = self._conn
+        if listens(query):
+            cast("Any", conn)._listened = True
+        try:
+            async with conn.lock:
+                await conn.wait(self._execute_gen(query, params, prepare=prepare, binary=binary))
+        except errors._NO_TRACEBACK as exc:
+            raise exc.with_traceback(None)  # noqa: B904
+        return self
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

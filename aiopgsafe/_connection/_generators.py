@@ -32,6 +32,7 @@ MAX_TIMEOUT = 86_400.0
 
 OK = pq.ConnStatus.OK
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
+EMPTY_QUERY = pq.ExecStatus.EMPTY_QUERY
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
@@ -104,6 +105,14 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if result.status != COMMAND_OK:
             raise errors.error_from_result(result, encoding=self.pgconn._encoding)
         return result
+
+    def _ping_gen(self) -> PQGen[None]:
+        """An empty query, which begins no transaction."""
+        self._check_connection_ok()
+        self.pgconn.send_query(b"")
+        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != EMPTY_QUERY:
+            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
         """Send commands in pipeline mode and have the last one's result at once.

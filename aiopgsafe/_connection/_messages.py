@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
@@ -19,55 +20,83 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 BAD = pq.ConnStatus.BAD
 
 
+class Told:
+    """Is told what arrives on a connection, and tells the connection, whose it is at the time.
+
+    Neither the channel nor libpq's handlers refer to the connection itself: it stays
+    collectable while the event loop knows its channel, and a pool may give what is
+    below it to another object (`AsyncConnection._renewed`).
+    """
+
+    __slots__ = ("owner",)
+
+    def __init__(self, pgconn: PGconn, owner: Listening) -> None:
+        self.owner = ref(owner)
+        pgconn.notice_handler = self.notice
+        pgconn.notify_handler = self.notify
+
+    def idle_input(self, pgconn: PGconn) -> bool:
+        """What came while no statement waits. False if it belongs to one that is in progress."""
+        if pgconn.transaction_status == ACTIVE:
+            return False
+        try:
+            pgconn.consume_input()
+            # Parses all that has come: notices and parameter changes go their way.
+            while notify := pgconn.notifies():
+                self.notify(notify)
+        except psycopg.Error as exc:
+            logger.info("connection lost while idle: %s", exc)
+            return pgconn.status == BAD
+        return True
+
+    def lost(self) -> None:
+        """The connection is lost, and out of the event loop."""
+        conn = self.owner()
+        if conn is not None:
+            conn._on_lost(conn._fatal or psycopg.OperationalError("the connection is lost"))
+
+    def notice(self, result: PGresult) -> None:
+        conn = self.owner()
+        if conn is None:
+            return
+        encoding = conn.pgconn._encoding
+        notice = errors.Diagnostic(result, encoding)
+        if notice.severity_nonlocalized in ("FATAL", "PANIC"):
+            conn._fatal = errors.error_from_result(result, encoding=encoding)
+        psycopg.AsyncConnection._notice_handler(cast("Any", self.owner), result)
+
+    def notify(self, pgnotify: pq.PGnotify) -> None:
+        conn = self.owner()
+        if conn is None:
+            return
+        encoding = conn.pgconn._encoding
+        notify = Notify(
+            pgnotify.relname.decode(encoding), pgnotify.extra.decode(encoding), pgnotify.be_pid
+        )
+        conn._listened = True
+        for handler in tuple(conn._notify_handlers):
+            call_handler(handler, notify)
+        if conn._notifies_listening is not None:
+            conn._notifies_listening.append(notify)
+        elif not conn._notify_handlers and conn._notifies_backlog is not None:
+            conn._notifies_backlog.append(notify)
+
+
 class Listening(psycopg.AsyncConnection[Any]):
-    """What these handlers see of `AsyncConnection`."""
+    """What `Told` sees of `AsyncConnection`."""
 
     _fatal: psycopg.Error | None
+    _listened: bool
     _notifies_listening: deque[Notify] | None
 
+    def _on_lost(self, error: psycopg.Error) -> None: ...
 
-def take_idle_input(pgconn: PGconn) -> bool:
-    """What came while no statement waits. False if it belongs to one that is in progress."""
-    if pgconn.transaction_status == ACTIVE:
-        return False
+
+def call_handler(handler: Callable[[Any], object], what: object) -> None:
+    """Call a handler of the program's from the event loop's machinery: its errors are logged."""
     try:
-        pgconn.consume_input()
-        # Parses all that has come: notices and parameter changes go their way.
-        while notify := pgconn.notifies():
-            if pgconn.notify_handler:
-                pgconn.notify_handler(notify)
-    except psycopg.Error as exc:
-        logger.info("connection lost while idle: %s", exc)
-        return pgconn.status == BAD
-    return True
-
-
-def on_notice(wself: ref[Listening], result: PGresult) -> None:
-    conn = wself()
-    if conn is None:
-        return
-    notice = errors.Diagnostic(result, conn.pgconn._encoding)
-    if notice.severity_nonlocalized in ("FATAL", "PANIC"):
-        conn._fatal = errors.error_from_result(result, encoding=conn.pgconn._encoding)
-    psycopg.AsyncConnection._notice_handler(cast("Any", wself), result)
-
-
-def on_notify(wself: ref[Listening], pgnotify: pq.PGnotify) -> None:
-    conn = wself()
-    if conn is None:
-        return
-    encoding = conn.pgconn._encoding
-    notify = Notify(
-        pgnotify.relname.decode(encoding), pgnotify.extra.decode(encoding), pgnotify.be_pid
-    )
-    for handler in tuple(conn._notify_handlers):
-        try:
-            handler(notify)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as exc:  # a CancelledError of its own is no interruption of ours
-            logger.exception("error processing notify callback %r: %s", handler, exc)
-    if conn._notifies_listening is not None:
-        conn._notifies_listening.append(notify)
-    elif not conn._notify_handlers and conn._notifies_backlog is not None:
-        conn._notifies_backlog.append(notify)
+        handler(what)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # a CancelledError of its own is no interruption of ours
+        logger.exception("error in the callback %r: %s", handler, exc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -15,6 +16,18 @@ _ENDS_TRANSACTION = re.compile(
     rb"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+def listens(query: Query) -> bool:
+    """Whether it may contain LISTEN: asked for each statement, may err on the safe side."""
+    if query.__class__ is str or query.__class__ is bytes:
+        return _listens(query)
+    return "listen" in repr(query).lower()
+
+
+@lru_cache(1024)
+def _listens(query: str | bytes) -> bool:
+    return (b"listen" if isinstance(query, bytes) else "listen") in query.lower()  # type: ignore[operator]
 
 
 def name_of(gen: PQGen[Any]) -> str:

@@ -1,0 +1,80 @@
+"""Makes a connection clean that comes back: bounded in time, deaf to interruptions."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from psycopg import pq
+
+from .._backends import Expired
+from .._connection import AsyncConnection
+from .._ending import run
+from .._shield import Shield
+from ._options import Callback, check_idle
+
+if TYPE_CHECKING:
+    from .._ending import Session
+
+logger = logging.getLogger("aiopgsafe.pool")
+
+Status = pq.TransactionStatus
+
+
+async def clean(conn: AsyncConnection[Any], reset: Callback | None) -> BaseException | None:
+    """Leave the connection idle and deaf to notifications, or closed.
+
+    Returns the interruption that was held back meanwhile, for the caller to raise.
+    """
+    session = cast("Session", conn)
+    shield = Shield(session._backend, grace=conn.cancel_timeout)
+    try:
+        await _clean(conn, session, shield, reset)
+    except BaseException as exc:
+        if not conn.closed:
+            conn._drop(f"it could not be made clean for its pool: {exc!r}")
+        if not isinstance(exc, Exception):
+            raise
+    return shield.held
+
+
+async def _clean(
+    conn: AsyncConnection[Any], session: Session, shield: Shield, reset: Callback | None
+) -> None:
+    status = conn.pgconn.transaction_status
+    if conn.lock.locked() or status == Status.ACTIVE or conn._pipeline is not None:
+        # Another task waits on it, or a stream() or COPY was left in the middle.
+        conn._drop("it was given back to its pool during an operation")
+        return
+    if conn._unit is not None or status in (Status.INTRANS, Status.INERROR):
+        logger.warning("rolling back returned connection: %s", conn)
+        try:
+            await conn.rollback()
+        except session._backend.interruptions as exc:
+            shield.hold_back(exc)
+    if conn._listened and not conn.closed:
+        try:
+            await run(session, shield, session._commands_gen([b"UNLISTEN *"]))
+        except Expired:
+            conn._drop("no answer to UNLISTEN")
+        conn._forget_listening()
+    if reset is not None and not conn.closed:
+        await shield.call(partial(reset, conn), conn.commit_timeout)
+        if not conn.closed:
+            check_idle(conn, "reset", reset)
+
+
+def demoted(conn: AsyncConnection[Any]) -> bool:
+    """Whether a write was refused because of the server, not of the transaction.
+
+    Servers from 14 on report both settings as they change (PostgreSQL documentation,
+    "Asynchronous Operations").
+    """
+    settings = [
+        conn.pgconn.parameter_status(name)
+        for name in (b"in_hot_standby", b"default_transaction_read_only")
+    ]
+    if settings == [None, None]:
+        return not conn.read_only
+    return b"on" in settings

@@ -1,0 +1,87 @@
+"""What a pool was told: psycopg_pool's parameters, checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, TypeAlias
+
+import psycopg
+
+from .._connection import AsyncConnection
+
+Callback: TypeAlias = Callable[[Any], Awaitable[None]]
+"""Is given a connection."""
+
+Given: TypeAlias = Any
+"""A value, or a function that gives it, synchronous or not."""
+
+
+def check_sizes(min_size: int, max_size: int | None) -> tuple[int, int]:
+    """As psycopg_pool has it: `max_size` is `min_size` if it isn't given."""
+    if max_size is None:
+        max_size = min_size
+    if min_size < 0:
+        raise ValueError("min_size cannot be negative")
+    if max_size < min_size:
+        raise ValueError("max_size must be greater or equal than min_size")
+    if min_size == max_size == 0:
+        raise ValueError("if min_size is 0 max_size must be greater than 0")
+    return min_size, max_size
+
+
+def check_seconds(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
+        if not value >= 0:
+            raise ValueError(f"{name} cannot be negative: {value}")
+
+
+def check_class(connection_class: type[Any]) -> None:
+    """The pool needs what our connection promises: that it can be cleaned, and watched."""
+    if not issubclass(connection_class, AsyncConnection):
+        raise TypeError(
+            "connection_class must be aiopgsafe.AsyncConnection or a subclass of it,"
+            f" not {connection_class.__module__}.{connection_class.__qualname__}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectOptions:
+    """How to connect."""
+
+    connection_class: type[AsyncConnection[Any]]
+    conninfo: Given
+    kwargs: Given
+    configure: Callback | None
+
+    async def connect(self) -> AsyncConnection[Any]:
+        """A new connection, configured. Raises what connecting and `configure` raise."""
+        kwargs = dict(await _given(self.kwargs) or {})
+        conninfo = await _given(self.conninfo)
+        return await self.connection_class.connect(conninfo or "", **kwargs)
+
+    async def configured(self, conn: AsyncConnection[Any]) -> None:
+        if self.configure is None:
+            return
+        await self.configure(conn)
+        check_idle(conn, "configure", self.configure)
+
+
+def check_idle(conn: AsyncConnection[Any], what: str, callback: object) -> None:
+    """Raise unless a callback has left the connection idle."""
+    status = conn.info.transaction_status
+    if status is not psycopg.pq.TransactionStatus.IDLE:
+        raise psycopg.ProgrammingError(
+            f"connection left in status {status.name} by {what} function {callback}: discarded"
+        )
+
+
+async def _given(value: Given) -> Any:
+    if callable(value):
+        value = value()
+        if isawaitable(value):
+            value = await value
+    return value

@@ -1,0 +1,596 @@
+"""`AsyncConnectionPool`: psycopg_pool's, on any event loop."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from functools import partial
+from itertools import count
+from random import uniform
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+import psycopg
+from psycopg import errors, pq
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+
+from .. import _backends
+from .._backends import Backend, Background, Expired, Waiter
+from .._connection import AsyncConnection
+from ._cleaning import clean, demoted
+from ._connecting import FIRST_DELAY, Connector
+from ._lease import Lease
+from ._options import Callback, ConnectOptions, Given, check_class, check_seconds, check_sizes
+from ._places import Place, Places, Request
+
+__all__ = ["AsyncConnectionPool"]
+
+logger = logging.getLogger("aiopgsafe.pool")
+
+ConnectionT = TypeVar("ConnectionT", bound=AsyncConnection[Any])
+
+IDLE = pq.TransactionStatus.IDLE
+
+_numbers = count(1)
+
+
+class AsyncConnectionPool(Generic[ConnectionT]):
+    """A pool of connections, on asyncio, uvloop and trio.
+
+    The parameters, methods, statistics and errors of `psycopg_pool.AsyncConnectionPool`,
+    with the same meanings, and these promises more: wherever a client is cancelled, no
+    connection, no place, no waiting client and no cancellation is lost. Idle connections
+    are watched: one that the server ends is replaced at once, and nobody gets it. What
+    comes back is made clean; whoever uses it after that gets `ConnectionReleased`.
+
+    ``async with`` it, or call `open()` and `close()`.
+
+    :param connection_class: `AsyncConnection` or a subclass.
+    :param num_workers: how many connections may be made at the same time.
+    """
+
+    __module__ = "aiopgsafe"
+
+    def __init__(
+        self,
+        conninfo: Given = "",
+        *,
+        connection_class: type[ConnectionT] = cast("type[ConnectionT]", AsyncConnection),  # noqa: B008
+        kwargs: Given = None,
+        min_size: int = 4,
+        max_size: int | None = None,
+        open: bool | None = None,
+        configure: Callback | None = None,
+        check: Callback | None = None,
+        reset: Callback | None = None,
+        name: str | None = None,
+        close_returns: bool = False,
+        timeout: float = 30.0,
+        max_waiting: int = 0,
+        max_lifetime: float = 60 * 60.0,
+        max_idle: float = 10 * 60.0,
+        reconnect_timeout: float = 5 * 60.0,
+        reconnect_failed: Any = None,
+        num_workers: int = 3,
+    ) -> None:
+        check_class(connection_class)
+        check_seconds(
+            timeout=timeout,
+            max_lifetime=max_lifetime,
+            max_idle=max_idle,
+            reconnect_timeout=reconnect_timeout,
+        )
+        if num_workers < 1:
+            raise ValueError("num_workers must be at least 1")
+        self._places = Places(*check_sizes(min_size, max_size))
+        self.name = name or f"pool-{next(_numbers)}"
+        self.conninfo = conninfo
+        self.kwargs = kwargs
+        self.connection_class = connection_class
+        self.close_returns = close_returns
+        self.timeout = timeout
+        self.max_waiting = max_waiting
+        self.max_lifetime = max_lifetime
+        self.max_idle = max_idle
+        self.reconnect_timeout = reconnect_timeout
+        self.num_workers = num_workers
+        self._check = check
+        self._reset = reset
+        self._stats: Counter[str] = Counter()
+        self._connector = Connector(
+            self.name,
+            ConnectOptions(connection_class, conninfo, kwargs, configure),
+            self._places,
+            lambda: self._stats,
+            self._add,
+            workers=num_workers,
+            reconnect_timeout=reconnect_timeout,
+            on_failed=partial(reconnect_failed, self) if reconnect_failed else lambda: None,
+        )
+        self._backend: Backend | None = None
+        self._closed = True
+        self._open_implicitly = open is None
+        self._drained_at = 0.0
+        self._filling: list[Waiter] = []
+        self._maintenance: Background[None] | None = None
+        self._bell: Waiter | None = None
+        if open:
+            self._warn_of_constructor()
+            self._open()
+
+    def __repr__(self) -> str:
+        return f"<aiopgsafe.{type(self).__name__} {self.name!r} at 0x{id(self):x}>"
+
+    @property
+    def min_size(self) -> int:
+        """Connections that are kept in any case."""
+        return self._places.min_size
+
+    @property
+    def max_size(self) -> int:
+        """Connections that there may be."""
+        return self._places.max_size
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool is closed, or not open yet."""
+        return self._closed
+
+    # Opening and closing
+
+    async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+        """Open the pool: it begins to connect, in the background.
+
+        Nothing happens if it is open.
+
+        :param wait: wait until there are `min_size` connections, as `wait()` does.
+        :param timeout: seconds for that.
+
+        Raises `PoolClosed` if it has been closed, `PoolTimeout`.
+        """
+        self._open()
+        if wait:
+            await self.wait(timeout)
+
+    def _open(self) -> None:
+        if not self._closed:
+            self._check_loop()
+            return
+        if self._backend is not None:
+            raise PoolClosed("pool has already been opened/closed and cannot be reused")
+        self._backend = _backends.current()
+        self._closed = False
+        self._connector.start(self._backend)
+        self._maintenance = self._backend.background(self._maintain)
+
+    async def wait(self, timeout: float = 30.0) -> None:
+        """Wait until there are `min_size` connections.
+
+        :param timeout: seconds; then the pool is closed and `PoolTimeout` raised.
+        """
+        backend = self._check_usable()
+        if self._filled():
+            return
+        waiter = backend.waiter()
+        waiter.limit(monotonic() + timeout)
+        self._filling.append(waiter)
+        try:
+            await waiter.wait()
+        except Expired:
+            await self.close()
+            raise PoolTimeout(
+                f"pool initialization incomplete after {timeout} sec"
+            ) from self._connector.last_error
+        finally:
+            if waiter in self._filling:
+                self._filling.remove(waiter)
+        self._check_usable()
+
+    def _filled(self) -> bool:
+        return len(self._places.idle) + len(self._places.used) >= self.min_size
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """Close the pool. Who waits for a connection, or asks for one, gets `PoolClosed`.
+
+        Connections in use are closed when they are given back.
+
+        :param timeout: seconds to wait for what runs in the background to end.
+        """
+        if self._closed:
+            return
+        self._check_loop()
+        self._closed = True
+        self._places.fail_all(PoolClosed(f"the pool {self.name!r} is closed"))
+        for place in tuple(self._places.idle):
+            self._retire(place)
+        jobs = self._connector.stop()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            jobs.append(self._maintenance)
+        for waiter in self._filling:
+            waiter.wake()
+        deadline = monotonic() + timeout
+        for job in jobs:
+            job.limit(deadline)
+            try:
+                await job.wait()
+            except Expired:
+                logger.warning("%r: what runs in its background has not ended in time", self)
+                return
+            except BaseException as exc:
+                # The job's own end by our cancel(), or somebody's cancelling us.
+                if not job.ended_with(exc):
+                    raise
+
+    async def __aenter__(self) -> Self:
+        self._open_implicitly = False
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _check_usable(self) -> Backend:
+        backend = self._backend
+        if self._closed or backend is None:
+            if backend is not None:
+                raise PoolClosed(f"the pool {self.name!r} is already closed")
+            if not self._open_implicitly:
+                raise PoolClosed(f"the pool {self.name!r} is not open yet")
+            self._open_implicitly = False
+            self._warn_of_constructor()
+            self._open()
+            return self._check_usable()
+        if not backend.is_current():
+            self._check_loop()
+        return backend
+
+    def _check_loop(self) -> None:
+        if self._backend is not None and not self._backend.is_current():
+            raise psycopg.InterfaceError(
+                f"the pool {self.name!r} was opened in another event loop (or thread):"
+                " open one in this loop"
+            )
+
+    def _warn_of_constructor(self) -> None:
+        warnings.warn(
+            f"opening the async pool {type(self).__name__} in the constructor is deprecated"
+            " and will not be supported anymore in a future release. Please use"
+            " `await pool.open()`, or use the pool as context manager using:"
+            f" `async with {type(self).__name__}(...) as pool: `...",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    # Getting a connection
+
+    def connection(self, timeout: float | None = None) -> Lease[ConnectionT]:
+        """A connection for a block: ``async with pool.connection() as conn``.
+
+        At its end an open transaction is committed, or rolled back if the block
+        raises, and the connection is given back, wherever the task is cancelled.
+
+        :param timeout: seconds to wait for one; None: the pool's.
+
+        Entering raises `PoolTimeout`, `PoolClosed`, `TooManyRequests`.
+        """
+        return Lease(self, timeout)
+
+    async def getconn(self, timeout: float | None = None) -> ConnectionT:
+        """A connection, to be given back by `putconn()`. `connection()` is safer.
+
+        :param timeout: seconds to wait for one; None: the pool's.
+
+        Raises `PoolTimeout`, `PoolClosed`, `TooManyRequests`.
+        """
+        return self._get_idle() or await self._get(timeout)
+
+    def _get_idle(self) -> ConnectionT | None:
+        """A connection that needn't be waited for; nearly always there is one."""
+        self._check_usable()
+        if self._check is not None or (place := self._take()) is None:
+            return None
+        self._stats["requests_num"] += 1
+        conn = cast("ConnectionT", place.conn)
+        conn._pool = self
+        return conn
+
+    async def _get(self, timeout: float | None) -> ConnectionT:
+        if timeout is None:
+            timeout = self.timeout
+        backend = self._check_usable()
+        self._stats["requests_num"] += 1
+        place = self._take() or await self._wait_for_place(backend, timeout)
+        if self._check is not None:
+            place = await self._checked(self._check, backend, place, timeout)
+        conn = cast("ConnectionT", place.conn)
+        conn._pool = self
+        return conn
+
+    def _take(self) -> Place | None:
+        """An idle connection that lives, if there is one."""
+        while (place := self._places.take()) is not None:
+            channel = place.conn._channel
+            channel.watch(False)
+            # One look at the socket: its end may have come since the loop last looked.
+            if channel.look():
+                return place
+            self._lose(place)
+        return None
+
+    async def _wait_for_place(self, backend: Backend, timeout: float) -> Place:
+        if timeout <= 0:
+            raise self._timed_out(timeout)
+        queue = self._places.queue
+        if self.max_waiting and len(queue) >= self.max_waiting:
+            self._stats["requests_errors"] += 1
+            raise TooManyRequests(
+                f"the pool {self.name!r} has already {len(queue)} requests waiting"
+            )
+        self._stats["requests_queued"] += 1
+        started = monotonic()
+        request = Request(backend.waiter())
+        queue.append(request)
+        self._connector.grow()
+        request.waiter.limit(started + timeout)
+        try:
+            await request.waiter.wait()
+            if request.error is not None:
+                raise request.error
+            assert request.place is not None
+            return request.place
+        except BaseException as exc:
+            # We are still in the queue, or what was handed to us is ours to give back.
+            self._stats["requests_errors"] += 1
+            if request.place is not None:
+                self._return(request.place)
+            elif request in queue:
+                queue.remove(request)
+            if isinstance(exc, Expired):
+                raise self._timed_out(timeout) from self._connector.last_error
+            raise
+        finally:
+            self._stats["requests_wait_ms"] += int((monotonic() - started) * 1000)
+
+    def _timed_out(self, timeout: float) -> PoolTimeout:
+        return PoolTimeout(f"couldn't get a connection after {timeout:.2f} sec")
+
+    async def _checked(
+        self, check: Callback, backend: Backend, place: Place, timeout: float
+    ) -> Place:
+        """Only a connection that passes `check`; others are replaced."""
+        deadline = monotonic() + timeout
+        delay = FIRST_DELAY
+        while True:
+            try:
+                await check(place.conn)
+                return place
+            except BaseException as exc:
+                logger.info("connection failed check: %s", exc)
+                if not isinstance(exc, Exception):
+                    self._return_unchecked(place)
+                    raise
+                self._lose(place)
+            if monotonic() + delay >= deadline:
+                raise self._timed_out(timeout)
+            waiter = backend.waiter()
+            waiter.limit(monotonic() + delay)
+            delay *= 2
+            try:
+                await waiter.wait()
+            except Expired:
+                pass
+            place = self._take() or await self._wait_for_place(backend, deadline - monotonic())
+
+    # Giving it back
+
+    async def putconn(self, conn: ConnectionT) -> None:
+        """Give a connection back that came from `getconn()`.
+
+        An open transaction is rolled back. Raises `ValueError` for a connection that is
+        not of this pool's, `ConnectionReleased` for one that was given back already.
+        """
+        pool = getattr(conn, "_pool", None)
+        if pool is not self:
+            where = f"it comes from pool {pool.name!r}" if pool else "it doesn't come from any pool"
+            raise ValueError(f"can't return connection to pool {self.name!r}, {where}: {conn}")
+        self._check_loop()
+        if not self._put_back(conn):
+            await self._clean(conn)
+
+    def _put_back(self, conn: ConnectionT) -> bool:
+        """Give back a connection that is clean, or gone. False: it has to be cleaned first."""
+        if conn._channel.closed:
+            self._stats["returns_bad"] += 1
+            self._lose(conn._place)
+        elif (
+            conn.pgconn.transaction_status != IDLE
+            or conn._listened
+            or conn._unit is not None
+            or self._reset is not None
+            or conn.lock.locked()
+            or conn._pipeline is not None
+        ):
+            return False
+        else:
+            self._return(conn._place)
+        return True
+
+    async def _clean(self, conn: ConnectionT) -> None:
+        place: Place = conn._place
+        held: BaseException | None = None
+        try:
+            held = await clean(conn, self._reset)
+        finally:
+            if conn.closed:
+                self._stats["returns_bad"] += 1
+                self._lose(place)
+            else:
+                self._return(place)
+        if held is not None:
+            raise held
+
+    def _return_unchecked(self, place: Place) -> None:
+        """Give back what a check was interrupted on: in a transaction it is of no use."""
+        if place.conn.closed or place.conn.pgconn.transaction_status != IDLE:
+            self._retire(place)
+        else:
+            self._return(place)
+
+    def _return(self, place: Place) -> None:
+        places, now = self._places, monotonic()
+        place.conn._pool = None
+        if (
+            self._closed
+            or place.expires_at <= now
+            or place.created_at <= self._drained_at
+            or len(places.used) > places.max_size  # it has been made smaller
+        ):
+            self._retire(place)
+            return
+        place.conn = place.conn._renewed()
+        place.idle_since = now
+        self._offer(place)
+
+    def _offer(self, place: Place) -> None:
+        if self._places.put(place):
+            place.conn._channel.watch(True)
+        if self._filling and self._filled():
+            for waiter in self._filling:
+                waiter.wake()
+
+    def _used_for(self, seconds: float) -> None:
+        self._stats["usage_ms"] += int(seconds * 1000)
+
+    # Connections that come and go
+
+    def _add(self, conn: AsyncConnection[Any]) -> None:
+        now = monotonic()
+        # With some randomness, so that not all expire together.
+        place = Place(conn, now, now + self.max_lifetime * uniform(0.95, 1.0))
+        conn._place = place
+        conn._disconnect_handlers.append(partial(self._on_lost, place))
+        if self._closed:
+            conn._close_now()
+        else:
+            self._offer(place)
+
+    def _on_lost(self, place: Place, error: psycopg.Error) -> None:
+        """A watcher has seen its end. One in use is found out when it is given back."""
+        if place not in self._places.used:
+            logger.info("discarding lost connection: %s", error)
+            self._lose(place)
+
+    def _lose(self, place: Place) -> None:
+        self._stats["connections_lost"] += 1
+        self._retire(place)
+
+    def _retire(self, place: Place) -> None:
+        """Close a connection and let it go; another one takes its place if it is needed."""
+        self._places.remove(place)
+        place.conn._pool = None
+        if not place.conn.closed:
+            place.conn._close_now()
+        if not self._closed:
+            self._connector.grow()
+
+    def _look_at_error(self, conn: ConnectionT, exc: BaseException) -> None:
+        """After a switchover the old primary refuses to write: let go of all that lead there."""
+        if isinstance(exc, errors.ReadOnlySqlTransaction) and not conn.closed and demoted(conn):
+            logger.warning("the server of %r is read-only now: reconnecting", self.name)
+            self._drain()
+
+    async def drain(self) -> None:
+        """Replace all connections: those in use when they are given back."""
+        self._check_usable()
+        self._drain()
+
+    def _drain(self) -> None:
+        self._drained_at = monotonic()
+        for place in tuple(self._places.idle):
+            self._retire(place)
+
+    async def check(self) -> None:
+        """Ask each idle connection whether it works, and replace those that don't."""
+        self._check_usable()
+        places = self._places.take_idle()
+        try:
+            while places:
+                place = places[-1]
+                place.conn._channel.watch(False)
+                try:
+                    await self.check_connection(cast("ConnectionT", place.conn))
+                except Exception as exc:
+                    logger.warning("discarding broken connection: %s", exc)
+                    self._lose(places.pop())
+                else:
+                    self._return(places.pop())
+        finally:
+            for place in places:
+                self._return_unchecked(place)
+
+    @staticmethod
+    async def check_connection(conn: AsyncConnection[Any]) -> None:
+        """Ask the server for nothing, to see whether it answers. Raises if it doesn't.
+
+        To be used as `check`, too; it doesn't begin a transaction.
+        """
+        async with conn.lock:
+            await conn.wait(conn._ping_gen())
+
+    async def resize(self, min_size: int, max_size: int | None = None) -> None:
+        """Change the pool's sizes. Raises `ValueError` for bad ones."""
+        sizes = check_sizes(min_size, max_size)
+        self._check_loop()
+        self._places.min_size, self._places.max_size = sizes
+        if not self._closed:
+            self._connector.grow()
+            self._ring()
+
+    async def _maintain(self) -> None:
+        """Close what has been idle or alive for too long."""
+        while not self._closed and self._backend is not None:
+            now = monotonic()
+            for place in self._places.superfluous(now, self.max_idle):
+                self._retire(place)
+            due = [
+                min(place.idle_since + self.max_idle, place.expires_at)
+                for place in self._places.idle
+            ]
+            self._bell = self._backend.waiter()
+            self._bell.limit(max(min(due, default=0.0), now + min(self.max_idle, 1.0)))
+            try:
+                await self._bell.wait()
+            except Expired:
+                pass
+
+    def _ring(self) -> None:
+        if self._bell is not None:
+            self._bell.wake()
+
+    # Statistics
+
+    def get_stats(self) -> dict[str, int]:
+        """What the pool has done and is doing, by psycopg_pool's names."""
+        places = self._places
+        return {
+            **self._stats,
+            "pool_min": self.min_size,
+            "pool_max": self.max_size,
+            "pool_size": places.size,
+            "pool_available": len(places.idle),
+            "requests_waiting": len(places.queue),
+        }
+
+    def pop_stats(self) -> dict[str, int]:
+        """`get_stats()`, whose counters begin again at zero."""
+        stats = self.get_stats()
+        self._stats = Counter()
+        return stats
