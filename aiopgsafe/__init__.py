@@ -3,7 +3,8 @@
 from psycopg import IsolationLevel, Notify, Rollback
 
 from ._connection import AsyncConnection
-from ._errors import CommitRolledBack, CommitUnknown, ConnectionReleased
+from ._database import Database
+from ._errors import CommitRolledBack, CommitUnknown, ConnectionReleased, Draining
 from ._outcome import TransactionState
 from ._pool import AsyncConnectionPool
 from ._transaction import Transaction
@@ -14,6 +15,8 @@ __all__ = [
     "CommitRolledBack",
     "CommitUnknown",
     "ConnectionReleased",
+    "Database",
+    "Draining",
     "IsolationLevel",
     "Notify",
     "Rollback",

@@ -68,6 +68,7 @@ class Session(Protocol):
     _channel: Channel
     _blocks: list[Any]
     _unit: Unit | None
+    _section: Section | None  # in which a transaction of it ends
     _uncancellable: object  # the generator that no signal may cancel
 
     @property
@@ -207,6 +208,7 @@ class Section:
     __slots__ = (
         "_committing",
         "_locked",
+        "_outer",
         "_session",
         "callbacks",
         "error",
@@ -230,6 +232,7 @@ class Section:
 
     async def __aenter__(self) -> Self:
         session, shield = self._session, self.shield
+        self._outer = session._section
         if self._committing and session._backend.cancelled_now():
             await session._backend.checkpoint()
         if not GATE.enter(shield):
@@ -238,6 +241,7 @@ class Section:
             self._locked = True
         else:
             await self._wait_for_lock()
+        session._section = self
         return self
 
     async def _wait_for_gate(self) -> None:
@@ -288,6 +292,7 @@ class Section:
         if self._locked:
             self._session.lock.release()
         errors = await self._call_back() if self.callbacks and exc is None else []
+        self._session._section = self._outer
         signalled = GATE.leave(self.shield)
         if exc is not None:
             # Nothing has been ended. What was held back must not be lost for that.

@@ -35,7 +35,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
-__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "unhooked"]
+__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "inside_section", "unhooked"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -202,6 +202,11 @@ class Shield:
 
 _inside: ContextVar[bool] = ContextVar("aiopgsafe_inside_section", default=False)
 """Set in callbacks: a COMMIT of theirs must not wait for the section that waits for them."""
+
+
+def inside_section() -> bool:
+    """Whether we are called back by a transaction that ends."""
+    return _inside.get()
 
 
 class Hook:

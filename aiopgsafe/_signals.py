@@ -20,7 +20,7 @@ from ._shield import unhooked
 
 __all__ = ["watching"]
 
-Watch = Callable[[], bool]
+Watch = Callable[[int], bool]
 """Called in the signal handler, between any two bytecodes. True: this arrival is taken."""
 
 
@@ -36,7 +36,7 @@ class _Stand:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         taken = False
         for watch in reversed(self.watches):  # all are asked: all that runs is stopped
-            taken = watch() or taken
+            taken = watch(self.signum) or taken
         if not taken:
             self._pass_on(frame)
 

@@ -31,6 +31,8 @@ STOREYS = [
     "_signals",
     "_connection",
     "_pool",
+    "_draining",
+    "_database",
 ]
 """From top to bottom: a module may import what stands above it."""
 

@@ -34,7 +34,7 @@ from ._generators import begin_command
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._signalled import SignalWatch
+from ._signalled import SignalledCancel, SignalWatch, cancellable
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -103,6 +103,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         self._limited = False
         self._signalled = None
         self._uncancellable: object = None
+        self._section: Section | None = None
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting
@@ -302,6 +303,13 @@ class AsyncConnection(ConnectionEvents[Row]):
         handles no signals.
         """
         return watching(signals or (SIGINT,), self._backend, SignalWatch(self))
+
+    def _cancel_statement(self) -> bool:
+        """Cancel what runs, beside its task: QueryCanceled is raised there. False: nothing does."""
+        if not cancellable(self):
+            return False
+        self._signalled = SignalledCancel(self, self._channel.generator)
+        return True
 
     def _settled(self, unit: Unit | None) -> None:
         if unit is not None and unit.state is not TransactionState.ACTIVE:

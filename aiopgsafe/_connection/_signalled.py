@@ -28,26 +28,32 @@ class SignalWatch:
         self._conn = conn
         self._taken = False
 
-    def __call__(self) -> bool:
+    def __call__(self, signum: int) -> bool:
         # Between any two bytecodes: look and note, the rest is for the event loop.
         conn = self._conn
-        if self._taken or conn.closed or conn._signalled is not None:
-            return False
-        gen = conn._channel.generator
-        if gen is None:
-            # A COPY or a stream() between two of its steps is running, too.
-            if conn.pgconn.transaction_status != ACTIVE:
-                return False
-        elif gen is conn._uncancellable or name_of(gen) == "notifies" or ending_statement(gen):
+        if self._taken or not cancellable(conn):
             return False
         self._taken = True
-        conn._backend.run_sync_soon(self._begin, gen)
+        conn._backend.run_sync_soon(self._begin, conn._channel.generator)
         return True
 
     def _begin(self, gen: PQGen[Any] | None) -> None:
         conn = self._conn
-        if not conn.closed and conn._channel.generator is gen and conn._signalled is None:
+        if conn._channel.generator is gen and cancellable(conn):
             conn._signalled = SignalledCancel(conn, gen)
+
+
+def cancellable(conn: StatementStopping[Any]) -> bool:
+    """Whether a statement runs that somebody beside its task may cancel."""
+    if conn.closed or conn._signalled is not None:
+        return False
+    gen = conn._channel.generator
+    if gen is None:
+        # A COPY or a stream() between two of its steps is running, too.
+        return conn.pgconn.transaction_status == ACTIVE
+    if gen is conn._uncancellable or name_of(gen) == "notifies":
+        return False
+    return ending_statement(gen) is None
 
 
 class SignalledCancel:

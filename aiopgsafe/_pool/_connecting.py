@@ -50,7 +50,7 @@ class Connector:
         self.last_error: Exception | None = None
         """Why connecting fails, while it does."""
         self._name = name
-        self._options = options
+        self.options = options
         self._places = places
         self._stats = stats
         self._add = add
@@ -119,8 +119,8 @@ class Connector:
         started = monotonic()
         conn: AsyncConnection[Any] | None = None
         try:
-            conn = await self._options.connect()
-            await self._options.configured(conn)
+            conn = await self.options.connect()
+            await self.options.configured(conn)
         except BaseException as exc:
             if conn is not None:
                 conn._close_now()

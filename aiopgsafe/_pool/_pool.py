@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from random import uniform
@@ -19,6 +20,8 @@ from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 from .. import _backends
 from .._backends import Backend, Background, Expired, Waiter
 from .._connection import AsyncConnection
+from .._errors import Draining
+from .._shield import inside_section
 from ._cleaning import clean, demoted
 from ._connecting import FIRST_DELAY, Connector
 from ._lease import Lease
@@ -113,6 +116,8 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         self._closed = True
         self._open_implicitly = open is None
         self._drained_at = 0.0
+        self._refusal = ""
+        self._on_return: Callable[[], object] | None = None
         self._filling: list[Waiter] = []
         self._maintenance: Background[None] | None = None
         self._bell: Waiter | None = None
@@ -154,14 +159,32 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         if wait:
             await self.wait(timeout)
 
-    def _open(self) -> None:
+    async def _open_with_first(self) -> None:
+        """Open it with a connection; raise why that can't be made."""
+        self._check_unopened()
+        conn = await self._connector.options.connect()
+        try:
+            await self._connector.options.configured(conn)
+        except BaseException:
+            conn._close_now()
+            raise
+        self._check_unopened()
+        self._open(conn)
+
+    def _check_unopened(self) -> None:
+        if self._backend is not None:
+            raise PoolClosed("pool has already been opened/closed and cannot be reused")
+
+    def _open(self, first: AsyncConnection[Any] | None = None) -> None:
         if not self._closed:
             self._check_loop()
             return
-        if self._backend is not None:
-            raise PoolClosed("pool has already been opened/closed and cannot be reused")
+        self._check_unopened()
         self._backend = _backends.current()
         self._closed = False
+        if first is not None:
+            self._stats["connections_num"] += 1
+            self._add(first)
         self._connector.start(self._backend)
         self._maintenance = self._backend.background(self._maintain)
 
@@ -239,6 +262,8 @@ class AsyncConnectionPool(Generic[ConnectionT]):
 
     def _check_usable(self) -> Backend:
         backend = self._backend
+        if self._refusal and not inside_section():
+            raise Draining(self._refusal)
         if self._closed or backend is None:
             if backend is not None:
                 raise PoolClosed(f"the pool {self.name!r} is already closed")
@@ -251,6 +276,23 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         if not backend.is_current():
             self._check_loop()
         return backend
+
+    def _own_backend(self) -> Backend:
+        if self._backend is None:
+            raise PoolClosed(f"the pool {self.name!r} is not open yet")
+        return self._backend
+
+    def _refuse(self, why: str) -> None:
+        """Give connections to nobody any more but to callbacks of what still runs."""
+        self._refusal = why
+        self._places.fail_all(Draining(why))
+
+    def _in_use(self) -> list[AsyncConnection[Any]]:
+        return [place.conn for place in self._places.used if not place.conn.closed]
+
+    def _when_given_back(self, wake: Callable[[], object]) -> None:
+        """Call `wake` once, when a connection comes back."""
+        self._on_return = wake
 
     def _check_loop(self) -> None:
         if self._backend is not None and not self._backend.is_current():
@@ -447,6 +489,8 @@ class AsyncConnectionPool(Generic[ConnectionT]):
     def _return(self, place: Place) -> None:
         places, now = self._places, monotonic()
         place.conn._pool = None
+        if self._on_return is not None:
+            self._given_back()
         if (
             self._closed
             or place.expires_at <= now
@@ -458,6 +502,11 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         place.conn = place.conn._renewed()
         place.idle_since = now
         self._offer(place)
+
+    def _given_back(self) -> None:
+        wake, self._on_return = self._on_return, None
+        if wake is not None:
+            wake()
 
     def _offer(self, place: Place) -> None:
         if self._places.put(place):
@@ -496,6 +545,7 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         """Close a connection and let it go; another one takes its place if it is needed."""
         self._places.remove(place)
         place.conn._pool = None
+        self._given_back()
         if not place.conn.closed:
             place.conn._close_now()
         if not self._closed:

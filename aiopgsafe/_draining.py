@@ -1,0 +1,87 @@
+"""Draining: what runs may end, nothing new begins, and then everything is closed."""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from typing import Any
+
+from ._backends import Backend, Background, Expired, Waiter
+from ._connection import AsyncConnection
+from ._pool import AsyncConnectionPool
+
+logger = logging.getLogger("aiopgsafe")
+
+
+class Drain:
+    """Runs in the background from the beginning to the end, whoever waits for it."""
+
+    def __init__(self, pool: AsyncConnectionPool[Any], grace: float) -> None:
+        self._pool = pool
+        self._backend: Backend = pool._own_backend()
+        self._until = monotonic() + grace
+        self._bell: Waiter | None = None
+        self._over = False
+        self._waiting: list[Waiter] = []
+        pool._refuse("the database drains: it begins nothing new")
+        self._job: Background[None] = self._backend.background(self._run)
+
+    def shorten(self, grace: float) -> None:
+        """Let `grace` count from now, if that is earlier."""
+        self._until = min(self._until, monotonic() + grace)
+        if self._bell is not None:
+            self._bell.limit(self._until)
+
+    async def wait(self) -> None:
+        """Until it is over. Interrupted, it goes on."""
+        if not self._over:
+            waiter = self._backend.waiter()
+            self._waiting.append(waiter)
+            try:
+                await waiter.wait()
+            finally:
+                self._waiting.remove(waiter)
+
+    async def _run(self) -> None:
+        try:
+            if not await self._unused():
+                await self._stop_what_runs()
+            await self._pool.close()
+        finally:
+            self._over = True
+            for waiter in self._waiting:
+                waiter.wake()
+
+    async def _unused(self) -> bool:
+        """Wait until no connection is in use, or `_until`. Whether none is."""
+        while self._pool._in_use():
+            self._bell = waiter = self._backend.waiter()
+            waiter.limit(self._until)
+            self._pool._when_given_back(waiter.wake)
+            try:
+                await waiter.wait()
+            except Expired:
+                return False
+            finally:
+                self._bell = None
+        return True
+
+    async def _stop_what_runs(self) -> None:
+        """The grace is over: cancel statements, close what is idle, let COMMITs end."""
+        conns = self._pool._in_use()
+        for conn in conns:
+            if not conn._cancel_statement():
+                self._drop(conn)
+        self._until = monotonic() + max(conn.cancel_timeout for conn in conns)
+        if await self._unused():
+            return
+        # Whose statement was cancelled, and who has begun another one.
+        for conn in self._pool._in_use():
+            self._drop(conn)
+        self._until = monotonic() + max(conn.commit_timeout for conn in conns)
+        await self._unused()
+
+    def _drop(self, conn: AsyncConnection[Any]) -> None:
+        """Close it, unless it ends a transaction: that has its own limit."""
+        if conn._section is None:
+            conn._drop("the database drains")
