@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import iscoroutinefunction
 from signal import SIGTERM
-from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Self, TypeVar, cast, overload
 
@@ -24,7 +22,7 @@ from ._outcome import TransactionState
 from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
 from ._pool._options import check_seconds
-from ._signals import watching
+from ._signals import Arrival, watching
 from ._transaction import Transaction
 
 if TYPE_CHECKING:
@@ -283,30 +281,29 @@ class DrainWatch:
         self._drained = False
         self._job: Background[None] | None = None
 
-    def __call__(self, signum: int) -> bool:
+    def __call__(self, arrival: Arrival) -> bool:
         if self._drained or self._arrivals == 2:
             return False
         self._arrivals += 1
         backend = self._db.pool._own_backend()
         if self._arrivals == 1:
-            backend.run_sync_soon(self._begin, signum)
+            backend.run_sync_soon(self._begin, arrival)
         else:
             backend.run_sync_soon(self._hurry)
         return True
 
-    def _begin(self, signum: int) -> None:
+    def _begin(self, arrival: Arrival) -> None:
         backend = self._db.pool._own_backend()
-        self._job = backend.background(partial(self._run, signum))
+        self._job = backend.background(partial(self._run, arrival))
 
     def _hurry(self) -> None:
         if self._db._drain is not None:
             self._db._drain.shorten(0)
 
-    async def _run(self, signum: int) -> None:
+    async def _run(self, arrival: Arrival) -> None:
         await self._db.drain(self._grace)
         self._drained = True
-        # As from outside: a handler that raises would end this task, and nothing else.
-        Thread(target=os.kill, args=(os.getpid(), signum)).start()
+        arrival.send_again()
 
 
 class Frame(NamedTuple):

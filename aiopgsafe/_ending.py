@@ -68,11 +68,16 @@ class Session(Protocol):
     _channel: Channel
     _blocks: list[Any]
     _unit: Unit | None
+    _signalled: Any  # `_connection._signalled.SignalledCancel`, or None
     _section: Section | None  # in which a transaction of it ends
     _uncancellable: object  # the generator that no signal may cancel
 
     @property
     def closed(self) -> bool: ...
+
+    @property
+    def _failed(self) -> bool:
+        """Whether the session is in a failed transaction."""
 
     def _check_connection_ok(self) -> None: ...
 
@@ -146,6 +151,8 @@ class Unit:
 async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
     """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``."""
     channel = session._channel
+    if session._signalled is not None:
+        await session._signalled.settle(shield)  # a request on its way would hit ours
     session._uncancellable = gen
     channel.start(gen, monotonic() + session.commit_timeout)
     return await shield.hold(channel)
@@ -376,6 +383,10 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: object =
             if block is not None:
                 session._remove_block(block)  # its callbacks may use the connection
             section.error = verdict.error
+            if session._failed:
+                # COMMIT was refused before it began (a cancel request of somebody's, a
+                # command of ours before it): the transaction is still there, failed.
+                await roll_back(session, section.shield, [b"ROLLBACK"])
             if unit.callbacks:
                 section.callbacks = unit.take()
         section.outcome = unit.state.value

@@ -329,6 +329,23 @@ class SignalGate:
         self._staying.clear()
         self._reset_due = False
 
+    def retarget(self, old: Handler, new: Any) -> None:
+        """Let hooks, and what is pending, stand for `new` instead of `old`.
+
+        For whoever would put a handler back while hooks are in place.
+        """
+        hooks = [(signum, hook) for signum, hook in self._plan if hook.handler is old]
+        hooks += [(signum, hook) for signum, hook in self._staying.items() if hook.handler is old]
+        for signum, hook in hooks:
+            hook.handler = new
+            if not callable(new):  # nothing to defer
+                set_handler(signum, new)
+        self._pending = [
+            (signum, new if handler is old else handler)
+            for signum, handler in self._pending
+            if handler is not old or callable(new)
+        ]
+
     def when_open(self, wake: Callable[[], object]) -> None:
         """Call `wake` when the pending signals have been delivered."""
         self._waiting.append(wake)

@@ -11,16 +11,44 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import current_thread, main_thread
+from threading import Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any
 
 from ._backends import Backend, LoopHandler
-from ._shield import unhooked
+from ._shield import GATE, unhooked
 
-__all__ = ["watching"]
+__all__ = ["Arrival", "watching"]
 
-Watch = Callable[[int], bool]
+
+class Arrival:
+    """One arrival of a signal, and what became of it with those who took it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        self._takers = 0
+        self._hit = False
+
+    def taken(self) -> None:
+        self._takers += 1
+
+    def hit(self) -> None:
+        """A taker has done what the signal asked for."""
+        self._takers -= 1
+        self._hit = True
+
+    def missed(self) -> None:
+        """A taker found nothing to do after all. If all did, the signal is the program's."""
+        self._takers -= 1
+        if not self._takers and not self._hit:
+            self.send_again()
+
+    def send_again(self) -> None:
+        """As from outside: a handler that raises would otherwise end whatever task this is."""
+        Thread(target=os.kill, args=(os.getpid(), self.signum)).start()
+
+
+Watch = Callable[[Arrival], bool]
 """Called in the signal handler, between any two bytecodes. True: this arrival is taken."""
 
 
@@ -34,9 +62,12 @@ class _Stand:
         self._of_loop: LoopHandler | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
+        arrival = Arrival(self.signum)
         taken = False
         for watch in reversed(self.watches):  # all are asked: all that runs is stopped
-            taken = watch(self.signum) or taken
+            if watch(arrival):
+                arrival.taken()
+                taken = True
         if not taken:
             self._pass_on(frame)
 
@@ -51,26 +82,42 @@ class _Stand:
             os.kill(os.getpid(), self.signum)
             signal.signal(self.signum, self)  # if we still live
 
+    @property
+    def installed(self) -> bool:
+        """Whether it, or a hook of the gate's that stands for it, is the handler now."""
+        return unhooked(signal.getsignal(self.signum)) is self
+
     def install(self, backend: Backend) -> None:
         self._own = signal.getsignal(self.signum)
         if self._own is None:
             raise RuntimeError(
-                f"the handler of {_name(self.signum)} was not set by Python:"
+                f"the handler of {self.signum} was not set by Python:"
                 " it could not be called, nor put back"
             )
-        self._of_loop = backend.take_signal(self.signum, unhooked(self._own))
+        own = unhooked(self._own)
+        self._of_loop = backend.take_signal(self.signum, own)
+        backend.when_reset(own, self._on_reset)
         signal.signal(self.signum, self)
 
+    def _on_reset(self) -> None:
+        """asyncio.run looks for its handler to reset it, and doesn't find it."""
+        if self.installed:
+            self._own = signal.default_int_handler
+
     def remove(self) -> None:
+        here: Any = signal.getsignal(self.signum)
+        if unhooked(here) is self:
+            if here is not self:  # a transaction ends: the gate puts back what it hooked
+                GATE.retarget(self, unhooked(self._own))
+            else:
+                signal.signal(self.signum, self._own)
         # If not, the program has set another handler meanwhile: it stays.
-        here: object = signal.getsignal(self.signum)
-        if here is self:
-            signal.signal(self.signum, self._own)
-            if self._of_loop is not None:
-                self._of_loop.put_back()
+        if self._of_loop is not None:
+            self._of_loop.put_back()
 
 
-_stands: dict[int, _Stand] = {}
+_stands: dict[int, list[_Stand]] = {}
+"""By signal; more than one where the program has set a handler of its own in between."""
 
 
 @contextmanager
@@ -90,20 +137,28 @@ def watching(signals: Sequence[int], backend: Backend, watch: Watch) -> Iterator
 
 @contextmanager
 def _watched(signum: int, backend: Backend, watch: Watch) -> Iterator[None]:
-    stand = _stands.get(signum)
-    if stand is None:
+    stands = _stands.setdefault(signum, [])
+    if not stands or not stands[-1].installed:
         stand = _Stand(signum)
         stand.install(backend)
-        _stands[signum] = stand
+        stands.append(stand)
+    stand = stands[-1]
     stand.watches.append(watch)
     try:
         yield
     finally:
         stand.watches.remove(watch)
         if not stand.watches:
-            del _stands[signum]
+            stands.remove(stand)
             stand.remove()
 
 
-def _name(signum: int) -> str:
-    return signal.Signals(signum).name
+def _after_fork() -> None:
+    """In the child nobody watches: the connections are the parent's."""
+    for stands in _stands.values():
+        for stand in reversed(stands):
+            stand.remove()
+    _stands.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

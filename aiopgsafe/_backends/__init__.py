@@ -28,6 +28,7 @@ __all__ = [
     "Backend",
     "Background",
     "Channel",
+    "Connecting",
     "Expired",
     "Handler",
     "Job",
@@ -131,6 +132,13 @@ class Waiter(Job[None], Protocol):
         """End the waiting; before `wait()` too. From the loop's thread."""
 
 
+class Connecting(Job[T_co], Protocol):
+    """A connection on its way."""
+
+    def abandon(self) -> None:
+        """It is waited for no more: leave nothing of it in the loop."""
+
+
 class Background(Job[T_co], Protocol):
     """Something that runs beside all tasks."""
 
@@ -147,7 +155,7 @@ class Backend(EventLoop, Protocol):
     def waiter(self) -> Waiter:
         """A new one."""
 
-    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
+    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Connecting[T]:
         """Drive `gen`, which yields (descriptor, readiness): connecting and cancelling.
 
         The descriptor may change from step to step, and is not watched between them.

@@ -337,7 +337,7 @@ class Backend:
     def current_task(self) -> object:
         return asyncio.current_task()
 
-    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
+    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Connecting[T]:
         return Connecting(gen)
 
     def in_thread(self, fn: Callable[[], T]) -> Job[T]:

@@ -85,6 +85,10 @@ class Connecting(Waiter, Generic[T]):
                 self._timer.cancel()
             raise
 
+    def abandon(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def _wait_ready(self, fd: int, want: int) -> None:
         """Out of the loop at every exit: libpq may close the descriptor at the next step."""
         if want & READ:

@@ -19,11 +19,13 @@ class Lock:
     if it is cancelled before it runs: then it hands it on (`withdraw`).
     """
 
-    __slots__ = ("_locked", "_make_waiter", "_queue")
+    __slots__ = ("_locked", "_make_waiter", "_queue", "turn")
 
     def __init__(self, make_waiter: Callable[[], Waiter]) -> None:
         self._make_waiter = make_waiter
         self._locked = False
+        self.turn = 0
+        """Counts how often it was released: the same number, the same holder."""
         self._queue: deque[Waiter] = deque()
 
     def locked(self) -> bool:
@@ -49,6 +51,7 @@ class Lock:
             self.release()
 
     def release(self) -> None:
+        self.turn += 1
         if self._queue:
             self._queue.popleft().wake()
         else:

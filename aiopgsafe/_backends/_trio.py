@@ -291,6 +291,9 @@ class _Connecting(_Limited, Generic[T]):
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
+    def abandon(self) -> None:
+        pass  # nothing of it is in the loop while nobody waits
+
 
 class _Inline(_Limited, Generic[T]):
     """Run in the task itself: a shielded scope is all the protection that trio needs."""
@@ -370,7 +373,7 @@ class Backend:
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         return _Inline(fn)
 
-    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> Job[T]:
+    def connecting(self, gen: Generator[tuple[int, int], int, T]) -> _Connecting[T]:
         return _Connecting(gen)
 
     def background(self, fn: Callable[[], Awaitable[T]]) -> _SystemTask[T]:

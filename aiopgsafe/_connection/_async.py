@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
-from signal import SIGINT
+from contextlib import asynccontextmanager
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -23,9 +23,9 @@ from psycopg.rows import AsyncRowFactory, Row, tuple_row
 from .. import _backends
 from .._backends import Expired
 from .._backends._lock import Lock
-from .._ending import Section, Unit, commit, rollback
+from .._ending import Section, Unit, commit, rollback, run
 from .._outcome import TransactionState
-from .._signals import watching
+from .._shield import Shield
 from .._transaction import Transaction
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
@@ -34,7 +34,6 @@ from ._generators import begin_command
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._signalled import SignalledCancel, SignalWatch, cancellable
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -48,6 +47,7 @@ RV = TypeVar("RV")
 OK = pq.ConnStatus.OK
 BAD = pq.ConnStatus.BAD
 ACTIVE = pq.TransactionStatus.ACTIVE
+IDLE = pq.TransactionStatus.IDLE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
@@ -146,7 +146,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         if statement_timeout is not None:
             check_timeout("statement_timeout", statement_timeout)
         params = await cls._get_connection_params(conninfo, **kwargs)
-        if statement_timeout is not None:
+        service = params.get("service") or "PGSERVICE" in os.environ
+        if statement_timeout is not None and not service:
             add_option(params, f"-c statement_timeout={max(1, round(statement_timeout * 1000))}")
         timeout = timeout_from_conninfo(params)
         backend = _backends.current()
@@ -165,6 +166,7 @@ class AsyncConnection(ConnectionEvents[Row]):
                 failures.append((exc, where))
             finally:
                 # Interrupted: a half-open socket goes now, not with some traceback.
+                job.abandon()
                 gen.close()
         else:
             raise connect_error(failures)
@@ -193,6 +195,14 @@ class AsyncConnection(ConnectionEvents[Row]):
         if context:
             conn._adapters = AdaptersMap(context.adapters)
         conn.prepare_threshold = prepare_threshold
+        if statement_timeout is not None and service:
+            # The service may have options of its own, which ours would replace.
+            command = f"SET statement_timeout TO {max(1, round(statement_timeout * 1000))}"
+            try:
+                await conn.wait(conn._commands_gen([command.encode()]))
+            except BaseException:
+                conn._close_now()
+                raise
         return conn
 
     # Waiting
@@ -209,9 +219,11 @@ class AsyncConnection(ConnectionEvents[Row]):
         channel = self._channel
         if channel.closed:
             self._check_connection_ok()
-        channel.start(gen, None if timeout is None else monotonic() + timeout)
+        if self._signalled is not None:
+            await self._settle_signalled()
         try:
-            return cast("RV", await channel.wait())
+            channel.start(gen, None if timeout is None else monotonic() + timeout)
+            result = cast("RV", await channel.wait())
         except Expired:
             channel.abandon()
             raise errors._WaitTimeout("wait timeout expired") from None
@@ -222,11 +234,17 @@ class AsyncConnection(ConnectionEvents[Row]):
             # A cancellation, or the exception of a signal handler.
             if not isinstance(exc, Exception):
                 await self._stop_statement(exc, gen)
-            raise
-        finally:
             if self._signalled is not None:
-                signalled, self._signalled = self._signalled, None
-                await signalled.dealt_with()
+                self._signalled.saw(exc)
+                await self._settle_signalled(exc)
+            raise
+        if self._signalled is not None and self._signalled.over:
+            try:
+                await self._settle_signalled()
+            except BaseException as exc:
+                await self._stop_statement(exc, gen)
+                raise
+        return result
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[psycopg.AsyncPipeline]:
@@ -272,10 +290,27 @@ class AsyncConnection(ConnectionEvents[Row]):
     async def tpc_commit(self, xid: Xid | str | None = None) -> None:
         """Commit a two-phase transaction, prepared or not. Shielded as `commit()`."""
         unit = self._unit or Unit(TransactionState.ACTIVE)
+        limit: bytes | None = None
+        if self._limited and self.pgconn.transaction_status == IDLE and not self._pipeline:
+            async with self.lock:
+                limit = await self.wait(self._unlimit_gen())
         try:
             await commit(self, unit, self._tpc_commit_gen(unit, xid))
         finally:
             self._settled(unit)
+            if limit is not None and not self.closed:
+                await self._limit_again(limit)
+
+    async def _limit_again(self, limit: bytes) -> None:
+        """Put a timeout back; the outcome is known already, whatever becomes of this."""
+        shield = Shield(self._backend, grace=self.cancel_timeout)
+        try:
+            command = b"SET statement_timeout TO '%s'" % limit
+            await run(self, shield, self._commands_gen([command]))
+        except (Expired, psycopg.Error) as exc:
+            self._drop(f"its statement_timeout could not be put back: {exc}")
+        if shield.held is not None:
+            raise shield.held
 
     async def tpc_rollback(self, xid: Xid | str | None = None) -> None:
         """Roll back a two-phase transaction, prepared or not. Shielded."""
@@ -284,32 +319,6 @@ class AsyncConnection(ConnectionEvents[Row]):
             await rollback(self, unit, self._tpc_finish_gen("ROLLBACK", xid))
         finally:
             self._settled(unit)
-
-    def cancel_on_signal(self, *signals: int) -> AbstractContextManager[None]:
-        """Let the first of `signals` cancel the statement that runs, during a ``with`` block.
-
-        Like Ctrl-C in psql: the server is asked to cancel the statement, and
-        `psycopg.errors.QueryCanceled` is raised where it runs. The next arrival, or
-        one that comes while nothing runs on the connection, does what the program's
-        own handler does. A COMMIT is never cancelled: the signal is the program's
-        then, once the outcome is known.
-
-        Blocks may be nested, also of several connections: what runs on any of them
-        is cancelled. The program's handlers are put back at the end.
-
-        :param signals: as in `signal`; SIGINT if none is given.
-
-        Entering raises `RuntimeError` outside of the main thread, where Python
-        handles no signals.
-        """
-        return watching(signals or (SIGINT,), self._backend, SignalWatch(self))
-
-    def _cancel_statement(self) -> bool:
-        """Cancel what runs, beside its task: QueryCanceled is raised there. False: nothing does."""
-        if not cancellable(self):
-            return False
-        self._signalled = SignalledCancel(self, self._channel.generator)
-        return True
 
     def _settled(self, unit: Unit | None) -> None:
         if unit is not None and unit.state is not TransactionState.ACTIVE:
@@ -388,6 +397,8 @@ class AsyncConnection(ConnectionEvents[Row]):
 
     def _close_now(self) -> None:
         self._closed = True
+        if self._signalled is not None:
+            self._signalled.abandon()
         self._channel.close(psycopg.OperationalError("the connection is closed"))
         self.pgconn.finish()
 

@@ -9,7 +9,7 @@ from psycopg import errors
 from psycopg.rows import Row
 
 from .._backends import Expired
-from .._ending import run
+from .._ending import acquire_shielded, run
 from .._shield import Shield
 from ._statements import listens
 
@@ -54,16 +54,18 @@ class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
     async def close(self) -> None:
         """Close the cursor and free its resources on the server. Shielded."""
         conn = cast("Session", self._conn)
-        async with conn.lock:
-            if self.closed:
-                return
-            shield = Shield(conn._backend, grace=conn.cancel_timeout)
-            try:
-                if not conn.closed:
-                    await run(conn, shield, self._close_gen())
-            except Expired:
-                conn._drop("no answer to CLOSE")
-            finally:
-                cast("Any", self)._close()
-            if shield.held is not None:
-                raise shield.held
+        if self.closed:
+            return
+        shield = Shield(conn._backend, grace=conn.cancel_timeout)
+        locked = await acquire_shielded(conn, shield)
+        try:
+            if not self.closed and not conn.closed:
+                await run(conn, shield, self._close_gen())
+        except Expired:
+            conn._drop("no answer to CLOSE")
+        finally:
+            cast("Any", self)._close()
+            if locked:
+                conn.lock.release()
+        if shield.held is not None:
+            raise shield.held

@@ -12,7 +12,7 @@ from psycopg import Notify, errors, generators, pq
 from psycopg.rows import Row
 
 from ._messages import call_handler
-from ._stopping import StatementStopping
+from ._signalled import Cancellable
 
 if TYPE_CHECKING:
     from psycopg._connection_base import NotifyHandler
@@ -21,7 +21,7 @@ OK = pq.ConnStatus.OK
 BAD = pq.ConnStatus.BAD
 
 
-class ConnectionEvents(StatementStopping[Row]):
+class ConnectionEvents(Cancellable[Row]):
     """The part of `AsyncConnection` that tells."""
 
     _disconnect_handlers: list[Callable[[psycopg.Error], object]]

@@ -195,15 +195,25 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             yield from self._tpc_finish_gen("COMMIT", xid)
         self._check_connection_ok()
         unit.prepared = True
-        if self._limited:  # no transaction of its own: SET LOCAL would not do
-            yield from self._commands_gen([b"SET statement_timeout TO 0"])
         unit.advance(TransactionState.COMMITTING)
-        try:
-            yield from self._tpc_finish_gen("COMMIT", xid)
-        finally:
-            if self._limited and self.pgconn.transaction_status == IDLE:
-                yield from self._commands_gen([b"RESET statement_timeout"])
+        yield from self._tpc_finish_gen("COMMIT", xid)
         return True
+
+    def _unlimit_gen(self) -> PQGen[bytes]:
+        """Take a timeout off that COMMIT PREPARED, in no transaction, would be under: what it was.
+
+        In the simple protocol, for the value: a round trip.
+        """
+        self._check_connection_ok()
+        self.pgconn.send_query(b"SHOW statement_timeout; SET statement_timeout TO 0")
+        results: list[PGresult] = yield from generators.execute(self.pgconn)
+        if results[-1].status != COMMAND_OK:
+            raise errors.error_from_result(results[-1], encoding=self.pgconn._encoding)
+        return results[0].get_value(0, 0) or b"0"
+
+    @property
+    def _failed(self) -> bool:
+        return self.pgconn.transaction_status == INERROR
 
     def _check_not_active(self) -> None:
         if self.pgconn.transaction_status not in (INTRANS, INERROR):

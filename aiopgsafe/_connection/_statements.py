@@ -13,9 +13,27 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
 _ENDS_TRANSACTION = re.compile(
-    rb"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b",
-    re.IGNORECASE | re.DOTALL,
+    rb"(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE
 )
+_SPACE = re.compile(rb"(?:[\s;]|--[^\n]*(?:\n|\Z))*+")
+_COMMENT = re.compile(rb"/\*|\*/")
+
+
+def ends_transaction(text: bytes) -> bool:
+    """Whether the first command of `text` is COMMIT, ROLLBACK or the like."""
+    at = 0
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if not text.startswith(b"/*", at):
+            return _ENDS_TRANSACTION.match(text, at) is not None
+        depth = 0  # they nest, in PostgreSQL
+        for mark in _COMMENT.finditer(text, at):
+            depth += 1 if mark.group() == b"/*" else -1
+            if depth == 0:
+                at = mark.end()
+                break
+        else:
+            return False
 
 
 def listens(query: Query) -> bool:
@@ -35,12 +53,20 @@ def name_of(gen: PQGen[Any]) -> str:
     return getattr(gen, "__name__", "")
 
 
-def ending_statement(gen: PQGen[Any]) -> psycopg.AsyncCursor[Any] | None:
-    """The cursor if `gen` executes a statement that ends a transaction, as text of the user's.
+def ending_statement(
+    gen: PQGen[Any], pipeline: psycopg.AsyncPipeline | None = None
+) -> psycopg.AsyncCursor[Any] | None:
+    """The cursor if a statement of the user's is in flight that ends a transaction, as text.
 
     Looked for in the generator's own frame: it has to work with any cursor class,
     and cost nothing where nobody interrupts.
+
+    :param pipeline: in which others may be in flight, too.
     """
+    for queued in pipeline.result_queue if pipeline is not None else ():
+        sent = getattr(queued[0], "_query", None) if queued is not None else None
+        if sent is not None and ends_transaction(sent.query):
+            return cast("psycopg.AsyncCursor[Any]", queued[0])  # type: ignore[index]
     frame = getattr(gen, "gi_frame", None)
     if frame is None or frame.f_code.co_name != "_execute_gen":
         return None
@@ -54,4 +80,4 @@ def ending_statement(gen: PQGen[Any]) -> psycopg.AsyncCursor[Any] | None:
         text = query.as_bytes(cursor)
     else:
         return None
-    return cursor if _ENDS_TRANSACTION.match(text) else None
+    return cursor if ends_transaction(text) else None

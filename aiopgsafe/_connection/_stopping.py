@@ -12,6 +12,7 @@ from psycopg._capabilities import capabilities
 from psycopg.rows import Row
 
 from .._backends import Channel, Expired, Job
+from .._backends._lock import Lock
 from .._shield import Shield
 from ._generators import EndingGenerators
 from ._statements import ending_statement, name_of
@@ -26,6 +27,7 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 FIRST_PAUSE = 0.05
+MAX_PAUSE = 0.2
 """Seconds to wait for a cancelled statement to end before cancelling again; doubled each time.
 
 A cancel request comes on a connection of its own and may overtake the statement:
@@ -41,6 +43,7 @@ class StatementStopping(EndingGenerators[Row]):
     """The part of `AsyncConnection` that cancels statements."""
 
     commit_timeout: float
+    lock: Lock  # type: ignore[assignment]
     _channel: Channel
     _signalled: Any  # a `SignalledCancel`, or None
     _uncancellable: object
@@ -49,6 +52,8 @@ class StatementStopping(EndingGenerators[Row]):
         logger.warning("closing %s: %s", self, reason)
         self._channel.close(psycopg.OperationalError(f"the connection is closed: {reason}"))
         self.pgconn.finish()
+        if self._signalled is not None:
+            self._signalled.abandon()
 
     async def _stop_statement(self, interruption: BaseException, gen: PQGen[Any]) -> None:
         """Leave nothing of an interrupted statement: on the server, in libpq, in `gen`.
@@ -60,7 +65,7 @@ class StatementStopping(EndingGenerators[Row]):
         """
         shield = Shield(self._backend)
         shield.hold_back(interruption)
-        if (cursor := ending_statement(gen)) is not None:
+        if (cursor := ending_statement(gen, self._pipeline)) is not None:
             # The user's own COMMIT: cancelling it could separate what the server
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
@@ -74,6 +79,9 @@ class StatementStopping(EndingGenerators[Row]):
         deadline = monotonic() + self.cancel_timeout
         try:
             await self._cancel_until_ended(shield, deadline)
+            if self._pipeline:
+                # What was to be prepared may not have been; psycopg believes it was.
+                self._prepared.clear()
             if (rest := self._rest_gen(name)) is not None:
                 self._channel.start(rest)
                 await self._cancel_until_ended(shield, deadline)
@@ -94,7 +102,7 @@ class StatementStopping(EndingGenerators[Row]):
                 await shield.hold(self._channel)
                 ended = True
             except Expired:
-                pause *= 2
+                pause = min(2 * pause, MAX_PAUSE)
                 if monotonic() >= deadline:
                     raise
             except Exception as exc:
