@@ -334,6 +334,8 @@ class SignalGate:
 
         For whoever would put a handler back while hooks are in place.
         """
+        if not callable(new):
+            new = int(new)  # the C function knows no enum
         hooks = [(signum, hook) for signum, hook in self._plan if hook.handler is old]
         hooks += [(signum, hook) for signum, hook in self._staying.items() if hook.handler is old]
         for signum, hook in hooks:

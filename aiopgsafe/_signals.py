@@ -45,7 +45,8 @@ class Arrival:
 
     def send_again(self) -> None:
         """As from outside: a handler that raises would otherwise end whatever task this is."""
-        Thread(target=os.kill, args=(os.getpid(), self.signum)).start()
+        args = (os.getpid(), self.signum)
+        Thread(target=os.kill, args=args, name=f"signal again {self.signum}").start()
 
 
 Watch = Callable[[Arrival], bool]

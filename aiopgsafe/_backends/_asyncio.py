@@ -326,10 +326,10 @@ class Backend:
             loop.call_soon_threadsafe(fn, *args)
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        return Task(fn())
+        return Task(fn)
 
     def background(self, fn: Callable[[], Awaitable[T]]) -> Task[T]:
-        return Task(fn(), registered=True)
+        return Task(fn, registered=True)
 
     def is_current(self) -> bool:
         return asyncio._get_running_loop() is self._loop()

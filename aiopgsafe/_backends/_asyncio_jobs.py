@@ -115,10 +115,10 @@ class Task(Generic[T]):
     :param registered: whether the loop's teardown knows of it, and cancels it.
     """
 
-    def __init__(self, awaitable: Awaitable[T], *, registered: bool = False) -> None:
+    def __init__(self, fn: Callable[[], Awaitable[T]], *, registered: bool = False) -> None:
         loop = asyncio.get_running_loop()
         self._task: asyncio.Task[tuple[T | None, BaseException | None]] = asyncio.Task(
-            _outcome(awaitable), loop=loop, context=contextvars.copy_context()
+            _outcome(fn), loop=loop, context=contextvars.copy_context()
         )
         # asyncio.run's teardown cancels all_tasks(): not this one. Documented for
         # those who write task implementations ("Extending asyncio").
@@ -161,10 +161,10 @@ class Task(Generic[T]):
         self._task.cancel()
 
 
-async def _outcome(awaitable: Awaitable[T]) -> tuple[T | None, BaseException | None]:
+async def _outcome(fn: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseException | None]:
     """A task that raises SystemExit or KeyboardInterrupt takes the loop down with it: ours not."""
     try:
-        return await awaitable, None
+        return await fn(), None
     except BaseException as exc:
         return None, exc
 

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from random import uniform
 from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 import psycopg
 from psycopg import errors, pq
-from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from .. import _backends
 from .._backends import Backend, Background, Expired, Waiter
@@ -23,10 +22,11 @@ from .._connection import AsyncConnection
 from .._errors import Draining
 from .._shield import inside_section
 from ._cleaning import clean, demoted
-from ._connecting import FIRST_DELAY, Connector
+from ._connecting import Connector
+from ._giving import Giving
 from ._lease import Lease
 from ._options import Callback, ConnectOptions, Given, check_class, check_seconds, check_sizes
-from ._places import Place, Places, Request
+from ._places import Place, Places
 
 __all__ = ["AsyncConnectionPool"]
 
@@ -39,7 +39,7 @@ IDLE = pq.TransactionStatus.IDLE
 _numbers = count(1)
 
 
-class AsyncConnectionPool(Generic[ConnectionT]):
+class AsyncConnectionPool(Giving, Generic[ConnectionT]):
     """A pool of connections, on asyncio, uvloop and trio.
 
     The parameters, methods, statistics and errors of `psycopg_pool.AsyncConnectionPool`,
@@ -211,9 +211,6 @@ class AsyncConnectionPool(Generic[ConnectionT]):
                 self._filling.remove(waiter)
         self._check_usable()
 
-    def _filled(self) -> bool:
-        return len(self._places.idle) + len(self._places.used) >= self.min_size
-
     async def close(self, timeout: float = 5.0) -> None:
         """Close the pool. Who waits for a connection, or asks for one, gets `PoolClosed`.
 
@@ -287,13 +284,6 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         self._refusal = why
         self._places.fail_all(Draining(why))
 
-    def _in_use(self) -> list[AsyncConnection[Any]]:
-        return [place.conn for place in self._places.used if not place.conn.closed]
-
-    def _when_given_back(self, wake: Callable[[], object]) -> None:
-        """Call `wake` once, when a connection comes back."""
-        self._on_return = wake
-
     def _check_loop(self) -> None:
         if self._backend is not None and not self._backend.is_current():
             raise psycopg.InterfaceError(
@@ -356,81 +346,6 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         conn._pool = self
         return conn
 
-    def _take(self) -> Place | None:
-        """An idle connection that lives, if there is one."""
-        while (place := self._places.take()) is not None:
-            channel = place.conn._channel
-            channel.watch(False)
-            # One look at the socket: its end may have come since the loop last looked.
-            if channel.look():
-                return place
-            self._lose(place)
-        return None
-
-    async def _wait_for_place(self, backend: Backend, timeout: float) -> Place:
-        if timeout <= 0:
-            raise self._timed_out(timeout)
-        queue = self._places.queue
-        if self.max_waiting and len(queue) >= self.max_waiting:
-            self._stats["requests_errors"] += 1
-            raise TooManyRequests(
-                f"the pool {self.name!r} has already {len(queue)} requests waiting"
-            )
-        self._stats["requests_queued"] += 1
-        started = monotonic()
-        request = Request(backend.waiter())
-        queue.append(request)
-        self._connector.grow()
-        request.waiter.limit(started + timeout)
-        try:
-            await request.waiter.wait()
-            if request.error is not None:
-                raise request.error
-            assert request.place is not None
-            return request.place
-        except BaseException as exc:
-            # We are still in the queue, or what was handed to us is ours to give back.
-            self._stats["requests_errors"] += 1
-            if request.place is not None:
-                self._return(request.place)
-            elif request in queue:
-                queue.remove(request)
-            if isinstance(exc, Expired):
-                raise self._timed_out(timeout) from self._connector.last_error
-            raise
-        finally:
-            self._stats["requests_wait_ms"] += int((monotonic() - started) * 1000)
-
-    def _timed_out(self, timeout: float) -> PoolTimeout:
-        return PoolTimeout(f"couldn't get a connection after {timeout:.2f} sec")
-
-    async def _checked(
-        self, check: Callback, backend: Backend, place: Place, timeout: float
-    ) -> Place:
-        """Only a connection that passes `check`; others are replaced."""
-        deadline = monotonic() + timeout
-        delay = FIRST_DELAY
-        while True:
-            try:
-                await check(place.conn)
-                return place
-            except BaseException as exc:
-                logger.info("connection failed check: %s", exc)
-                if not isinstance(exc, Exception):
-                    self._return_unchecked(place)
-                    raise
-                self._lose(place)
-            if monotonic() + delay >= deadline:
-                raise self._timed_out(timeout)
-            waiter = backend.waiter()
-            waiter.limit(monotonic() + delay)
-            delay *= 2
-            try:
-                await waiter.wait()
-            except Expired:
-                pass
-            place = self._take() or await self._wait_for_place(backend, deadline - monotonic())
-
     # Giving it back
 
     async def putconn(self, conn: ConnectionT) -> None:
@@ -479,77 +394,7 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         if held is not None:
             raise held
 
-    def _return_unchecked(self, place: Place) -> None:
-        """Give back what a check was interrupted on: in a transaction it is of no use."""
-        if place.conn.closed or place.conn.pgconn.transaction_status != IDLE:
-            self._retire(place)
-        else:
-            self._return(place)
-
-    def _return(self, place: Place) -> None:
-        places, now = self._places, monotonic()
-        place.conn._pool = None
-        if self._on_return is not None:
-            self._given_back()
-        if (
-            self._closed
-            or place.expires_at <= now
-            or place.created_at <= self._drained_at
-            or len(places.used) > places.max_size  # it has been made smaller
-        ):
-            self._retire(place)
-            return
-        place.conn = place.conn._renewed()
-        place.idle_since = now
-        self._offer(place)
-
-    def _given_back(self) -> None:
-        wake, self._on_return = self._on_return, None
-        if wake is not None:
-            wake()
-
-    def _offer(self, place: Place) -> None:
-        if self._places.put(place):
-            place.conn._channel.watch(True)
-        if self._filling and self._filled():
-            for waiter in self._filling:
-                waiter.wake()
-
-    def _used_for(self, seconds: float) -> None:
-        self._stats["usage_ms"] += int(seconds * 1000)
-
     # Connections that come and go
-
-    def _add(self, conn: AsyncConnection[Any]) -> None:
-        now = monotonic()
-        # With some randomness, so that not all expire together.
-        place = Place(conn, now, now + self.max_lifetime * uniform(0.95, 1.0))
-        conn._place = place
-        conn._disconnect_handlers.append(partial(self._on_lost, place))
-        if self._closed:
-            conn._close_now()
-        else:
-            self._offer(place)
-
-    def _on_lost(self, place: Place, error: psycopg.Error) -> None:
-        """A watcher has seen its end. One in use is found out when it is given back."""
-        if place not in self._places.used:
-            logger.info("discarding lost connection: %s", error)
-            self._lose(place)
-
-    def _lose(self, place: Place) -> None:
-        self._stats["connections_lost"] += 1
-        self._retire(place)
-
-    def _retire(self, place: Place) -> None:
-        """Close a connection and let it go; another one takes its place if it is needed."""
-        self._places.remove(place)
-        place.conn._pool = None
-        self._given_back()
-        if not place.conn.closed:
-            place.conn._close_now()
-        if not self._closed:
-            self._connector.grow()
 
     def _look_at_error(self, conn: ConnectionT, exc: BaseException) -> None:
         """After a switchover the old primary refuses to write: let go of all that lead there."""
@@ -561,11 +406,6 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         """Replace all connections: those in use when they are given back."""
         self._check_usable()
         self._drain()
-
-    def _drain(self) -> None:
-        self._drained_at = monotonic()
-        for place in tuple(self._places.idle):
-            self._retire(place)
 
     async def check(self) -> None:
         """Ask each idle connection whether it works, and replace those that don't."""
@@ -603,44 +443,3 @@ class AsyncConnectionPool(Generic[ConnectionT]):
         if not self._closed:
             self._connector.grow()
             self._ring()
-
-    async def _maintain(self) -> None:
-        """Close what has been idle or alive for too long."""
-        while not self._closed and self._backend is not None:
-            now = monotonic()
-            for place in self._places.superfluous(now, self.max_idle):
-                self._retire(place)
-            due = [
-                min(place.idle_since + self.max_idle, place.expires_at)
-                for place in self._places.idle
-            ]
-            self._bell = self._backend.waiter()
-            self._bell.limit(max(min(due, default=0.0), now + min(self.max_idle, 1.0)))
-            try:
-                await self._bell.wait()
-            except Expired:
-                pass
-
-    def _ring(self) -> None:
-        if self._bell is not None:
-            self._bell.wake()
-
-    # Statistics
-
-    def get_stats(self) -> dict[str, int]:
-        """What the pool has done and is doing, by psycopg_pool's names."""
-        places = self._places
-        return {
-            **self._stats,
-            "pool_min": self.min_size,
-            "pool_max": self.max_size,
-            "pool_size": places.size,
-            "pool_available": len(places.idle),
-            "requests_waiting": len(places.queue),
-        }
-
-    def pop_stats(self) -> dict[str, int]:
-        """`get_stats()`, whose counters begin again at zero."""
-        stats = self.get_stats()
-        self._stats = Counter()
-        return stats
