@@ -45,6 +45,9 @@ COMMITTED = TransactionState.COMMITTED
 ROLLED_BACK = TransactionState.ROLLED_BACK
 UNKNOWN = TransactionState.UNKNOWN
 
+ROLLBACK_ATTEMPTS = 20
+"""After which the session is given up: somebody cancels whatever it does."""
+
 TRANSITIONS: dict[TransactionState, tuple[TransactionState, ...]] = {
     # ROLLED_BACK: BEGIN failed, or was undone.
     PENDING: (ACTIVE, ROLLED_BACK),
@@ -185,12 +188,21 @@ async def acquire_shielded(session: Session, shield: Shield) -> bool:
 async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes]) -> None:
     """Undo on the server, or let the connection go: either way nothing stays.
 
-    ROLLBACK fails only where the session is gone, and its transaction with it.
+    ROLLBACK fails where the session is gone, and its transaction with it; and where
+    somebody's cancel request hits it, after which it is sent again.
     """
     if session.closed:
         return
     try:
-        await run(session, shield, session._commands_gen(commands))
+        for _ in range(ROLLBACK_ATTEMPTS):
+            try:
+                await run(session, shield, session._commands_gen(commands))
+                break
+            except psycopg.errors.QueryCanceled as exc:
+                logger.debug("ROLLBACK was cancelled on %s: %s", session, exc)
+        else:
+            session._drop("its rollback was cancelled again and again")
+            return
         await run(session, shield, session._forget_prepared_gen())
     except Expired:
         session._drop("no answer to ROLLBACK")

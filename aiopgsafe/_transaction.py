@@ -211,7 +211,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 exc: BaseException = error
                 if isinstance(exc, Expired):
                     session._drop("no answer to BEGIN")
-                elif self._entered:
+                elif self._entered or (session._failed and not self._is_savepoint):
                     await roll_back(session, shield, self._undo())
                 elif not isinstance(exc, Exception):
                     # It hit the generator itself: what the server makes of it is open.
