@@ -137,6 +137,9 @@ class Task(Generic[T]):
         await self._waiter.wait()
         if self._timer is not None:
             self._timer.cancel()
+        if self._task.cancelled():  # before it began
+            self._error = asyncio.CancelledError()
+            raise self._error
         value, error = self._task.result()
         self._error = error
         if error is not None:
