@@ -59,7 +59,7 @@ class Database:
         self,
         conninfo: str = "",
         *,
-        connection_class: type[Conn] = Conn,
+        connection_class: type[Conn] = AsyncConnection,
         min_size: int = 4,
         max_size: int | None = None,
         configure: Callable[[Conn], Awaitable[None]] | None = None,
