@@ -91,7 +91,8 @@ async def test_an_ending_that_was_sent_is_noted_on_the_cancellation(
             if n in blocks:
                 said += f"the transaction is {blocks[n].state.value}"
             where = f"point {trial.point}: {trial.where}: {trial.exception!r} {said}"
-            assert trial.completed or trial.exception is not None, where
+            # A scope that is cancelled when nothing waits any more has nobody to tell.
+            assert trial.completed or trial.exception is not None or how == "level", where
             if trial.exception is None:
                 assert bool(found) == (ending is not by_rollback), where
             elif found:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -194,10 +195,13 @@ class Channel:
         if not self.closed:
             self.closed = True
             if not self._loop.is_closed():
-                if self._reading:
-                    self._loop.remove_reader(self._fd)
-                if self._writing:
-                    self._loop.remove_writer(self._fd)
+                # libpq may have closed it already. Where both are registered, asyncio
+                # then fails to modify the registration, and has forgotten all of it.
+                with suppress(OSError):
+                    if self._reading:
+                        self._loop.remove_reader(self._fd)
+                    if self._writing:
+                        self._loop.remove_writer(self._fd)
             self._reading = self._writing = False
 
     def _lost(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import anyio
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import PoolTimeout
 
 from .. import AsyncConnection, TransactionState
 from .bank import REPORT, Bank, Transfer
@@ -116,40 +116,40 @@ class Aiopgsafe:
 class Source(Protocol):
     """Where clients get their connections."""
 
-    def connection(self, client: int) -> AbstractAsyncContextManager[Any]: ...
+    def connection(self) -> AbstractAsyncContextManager[Any]: ...
 
     async def settle(self) -> int:
         """Replace the connections that were killed; how many places remain without one."""
 
 
 class Pool:
-    """psycopg's own pool, with a place for each client."""
+    """A pool, psycopg's or ours, with a place for each client."""
 
-    def __init__(self, pool: AsyncConnectionPool[Any], size: int) -> None:
+    def __init__(self, pool: Any, size: int) -> None:
         self._pool = pool
         self._size = size
 
-    def connection(self, client: int) -> AbstractAsyncContextManager[Any]:
-        return self._pool.connection()
+    def connection(self) -> AbstractAsyncContextManager[Any]:
+        connection: AbstractAsyncContextManager[Any] = self._pool.connection()
+        return connection
 
     async def settle(self) -> int:
         deadline = time.monotonic() + SETTLE_TIMEOUT
         while True:
             await self._pool.check()
-            available = self._pool.get_stats()["pool_available"]
+            available = int(self._pool.get_stats()["pool_available"])
             if available == self._size or time.monotonic() > deadline:
                 return self._size - available
             await anyio.sleep(0.01)
 
 
 @asynccontextmanager
-async def open_pool(kind: type[Any], wires: Wires, size: int) -> AsyncIterator[Source]:
+async def open_pool(pool_class: type[Any], wires: Wires, size: int) -> AsyncIterator[Source]:
     async def conninfo() -> str:
         return wires.new()
 
-    pool = AsyncConnectionPool(
+    pool = pool_class(
         conninfo,
-        connection_class=kind,
         min_size=size,
         max_size=size,
         timeout=POOL_TIMEOUT,
@@ -165,53 +165,6 @@ async def open_pool(kind: type[Any], wires: Wires, size: int) -> AsyncIterator[S
             await pool.close()
 
 
-class OneEach:
-    """A connection for each client, replaced when it is closed. On trio, which has no pool yet."""
-
-    def __init__(self, wires: Wires, size: int) -> None:
-        self._wires = wires
-        self._connections: list[AsyncConnection[Any] | None] = [None] * size
-
-    @asynccontextmanager
-    async def connection(self, client: int) -> AsyncIterator[AsyncConnection[Any]]:
-        conn = self._connections[client]
-        if conn is None or conn.closed:
-            conn = self._connections[client] = await AsyncConnection.connect(self._wires.new())
-        try:
-            yield conn
-        finally:
-            if not conn.closed:
-                await conn.rollback()
-
-    async def settle(self) -> int:
-        for client in range(len(self._connections)):
-            try:
-                async with self.connection(client) as conn, conn.transaction():
-                    await conn.execute("SELECT 1")
-            except psycopg.OperationalError:
-                async with self.connection(client):
-                    pass
-        return 0
-
-    async def close(self) -> None:
-        for conn in self._connections:
-            if conn is not None:
-                await conn.close()
-
-
-@asynccontextmanager
-async def open_one_each(wires: Wires, size: int) -> AsyncIterator[Source]:
-    source = OneEach(wires, size)
-    try:
-        for client in range(size):
-            async with source.connection(client):
-                pass
-        yield source
-    finally:
-        with anyio.CancelScope(shield=True):
-            await source.close()
-
-
 async def run_client(
     number: int,
     library: Library,
@@ -224,8 +177,8 @@ async def run_client(
 ) -> None:
     """Move money until it is late.
 
-    Only the transaction is cancelled: psycopg's pool, which serves both sides, loses connections
-    when one is cancelled while it takes or returns them, whatever their class.
+    Only the transaction is cancelled: psycopg's pool loses connections for good when one is
+    cancelled while it takes or returns them, and its side would soon stand still.
 
     :param until: `time.monotonic()`.
     """
@@ -258,9 +211,9 @@ async def run_client(
         delay = None if count < CALM_START else transfer.moment * book.usual_time
         try:
             if transfer.report:
-                async with source.connection(number) as conn:
+                async with source.connection() as conn:
                     await ways[transfer.kind](partial(report, conn), REPORT_CANCELLED_AFTER)
-            async with source.connection(number) as conn:
+            async with source.connection() as conn:
                 await ways[transfer.kind](partial(work, conn, note), delay)
         except Exception as error:
             book.note_error(error)

@@ -12,8 +12,9 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import psycopg
+import psycopg_pool
 
-from .. import AsyncConnection
+from .. import AsyncConnectionPool
 from .bank import Bank, open_bank, plan
 from .cancelling import ways_of
 from .clients import (
@@ -22,7 +23,6 @@ from .clients import (
     Library,
     Psycopg,
     Source,
-    open_one_each,
     open_pool,
     run_client,
 )
@@ -99,11 +99,8 @@ class Side:
         return Psycopg() if self.name == "psycopg" else Aiopgsafe()
 
     def _open_source(self, wires: Wires) -> AbstractAsyncContextManager[Source]:
-        if self.name == "psycopg":
-            return open_pool(psycopg.AsyncConnection, wires, self.clients)
-        if self.loop == "trio":
-            return open_one_each(wires, self.clients)
-        return open_pool(AsyncConnection, wires, self.clients)
+        pools = {"psycopg": psycopg_pool.AsyncConnectionPool, "aiopgsafe": AsyncConnectionPool}
+        return open_pool(pools[self.name], wires, self.clients)
 
     async def _run(self, bank: Bank, wires: Wires, book: Book) -> tuple[int, int]:
         """Return how many places of the pool were lost, how many reports were left running."""
