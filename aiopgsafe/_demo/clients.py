@@ -201,6 +201,8 @@ async def run_client(
     async def report(conn: Any) -> None:
         try:
             await conn.execute(REPORT)
+        except psycopg.Error as error:  # here, not in a group: its server process was killed
+            book.note_error(error)
         finally:
             book.reports += 1
 
