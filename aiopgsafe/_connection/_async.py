@@ -223,7 +223,7 @@ class AsyncConnection(ConnectionEvents[Row]):
             await self._settle_signalled()
         try:
             channel.start(gen, None if timeout is None else monotonic() + timeout)
-            result = cast("RV", await channel.wait())
+            result: RV = await channel.wait()
         except Expired:
             channel.abandon()
             raise errors._WaitTimeout("wait timeout expired") from None
