@@ -27,7 +27,7 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 FIRST_PAUSE = 0.05
-MAX_PAUSE = 0.2
+MAX_PAUSE = 0.5
 """Seconds to wait for a cancelled statement to end before cancelling again; doubled each time.
 
 A cancel request comes on a connection of its own and may overtake the statement:
