@@ -57,7 +57,7 @@ class Database:
 
     def __init__(
         self,
-        conninfo: str = "",
+        conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
         *,
         connection_class: type[Conn] = AsyncConnection,
         min_size: int = 4,

@@ -260,12 +260,17 @@ async def test_psycopgs_pool_hands_out_our_connections(dsn: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_reset_behind_half_an_answer_is_seen(proxy: FaultProxy) -> None:
+@pytest.mark.parametrize("behind", ["half an answer", "an answer"])
+async def test_a_reset_behind_an_answer_is_seen(proxy: FaultProxy, behind: str) -> None:
     """uvloop tells of a reset once: it comes with data here, and the data is read first."""
     conn = await AsyncConnection.connect(proxy.dsn, autocommit=True)
-    cut = proxy.inject(Cut("rst"), "T", when="after", direction="backend")
+    letter = "T" if behind == "half an answer" else "Z"
+    cut = proxy.inject(Cut("rst"), letter, when="after", direction="backend")
 
     async def ask() -> None:
+        if letter == "Z":
+            await conn.execute("select pg_sleep(0.05)")
+            return
         with pytest.raises(psycopg.OperationalError):
             await conn.execute("select pg_sleep(0.05)")
 
@@ -275,8 +280,11 @@ async def test_a_reset_behind_half_an_answer_is_seen(proxy: FaultProxy) -> None:
             await anyio.lowlevel.checkpoint()
             while conn.info.transaction_status is not TransactionStatus.ACTIVE:
                 await anyio.lowlevel.checkpoint()
-            # Blocks the loop: it finds half an answer and the reset together.
+            # Blocks the loop: it finds the answer and the reset together.
             cut.wait()
+        if letter == "Z":
+            with pytest.raises(psycopg.OperationalError):
+                await conn.execute("select 1")
     assert conn.broken
     await conn.close()
 

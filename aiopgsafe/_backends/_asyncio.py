@@ -47,6 +47,7 @@ class Channel:
         "_pgconn",
         "_readiness",
         "_reading",
+        "_tells_once",
         "_timer",
         "_timer_when",
         "_told",
@@ -71,6 +72,8 @@ class Channel:
         self._readiness = Readiness(self._fd)
         self._writing = False
         self._last_yield = 0.0
+        # asyncio's own loops tell of an error until it is gone.
+        self._tells_once = not isinstance(self._loop, asyncio.BaseEventLoop)
         self.closed = False
         # Should somebody have closed a descriptor of this number behind its
         # reader's back, its stale registration would be modified, not renewed,
@@ -216,10 +219,12 @@ class Channel:
             self._on_unasked()
             return
         self._advance(READ)
-        # At an error of the socket uvloop calls back once and watches no more:
-        # what is behind the input that has been read is then for us to find.
+        # At an error of the socket uvloop calls back once and watches no more: what is
+        # behind the input that has been read, an answer even, is then for us to find.
         while self._gen is not None and self._readiness.failed():
             self._advance(READ)
+        if self._tells_once and self._gen is None and not self.closed and self._readiness.failed():
+            self._on_unasked()
 
     def _on_unasked(self) -> None:
         while self._told.idle_input(self._pgconn):

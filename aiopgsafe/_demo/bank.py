@@ -13,6 +13,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from .. import Transaction
+
 ACCOUNTS = 200
 BALANCE = 10_000
 """Of each account at the start, in euros."""
@@ -100,7 +102,9 @@ class Bank:
         self._sum = f"SELECT sum(balance)::bigint FROM {account}".encode()
         self._ids = f"SELECT id FROM {transfer}".encode()
 
-    async def move(self, conn: psycopg.AsyncConnection[Any], transfer: Transfer) -> None:
+    async def move(
+        self, conn: psycopg.AsyncConnection[Any] | Transaction[Any], transfer: Transfer
+    ) -> None:
         """The statements of one transfer; the caller has begun a transaction."""
         await conn.execute(
             self._insert, (transfer.id, transfer.source, transfer.target, transfer.amount)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import anyio
 import psycopg
+import psycopg_pool
 from psycopg_pool import PoolTimeout
 
-from .. import AsyncConnection, TransactionState
+from .. import Database, Transaction, TransactionState
 from .bank import REPORT, Bank, Transfer
 from .cancelling import Way
 from .wires import Wires
@@ -21,7 +22,7 @@ from .wires import Wires
 OPEN_TIMEOUT = 10.0
 """Seconds for a pool to open its connections."""
 
-POOL_TIMEOUT = 5.0
+POOL_TIMEOUT = 2.0
 """Seconds for a client to get a connection."""
 
 SETTLE_TIMEOUT = 2.0
@@ -84,91 +85,96 @@ class Book:
 
 
 class Library(Protocol):
-    """How one side moves money: as its users write it."""
+    """One side: connections to the bank, and how its users move money over them."""
 
-    async def transfer(self, conn: Any, transfer: Transfer, bank: Bank, book: Book) -> None: ...
+    async def transfer(self, transfer: Transfer, bank: Bank, book: Book) -> None: ...
 
-
-class Psycopg:
-    """psycopg has no callbacks: what is to follow a COMMIT stands behind the block."""
-
-    async def transfer(
-        self, conn: psycopg.AsyncConnection[Any], transfer: Transfer, bank: Bank, book: Book
-    ) -> None:
-        async with conn.transaction():
-            await bank.move(conn, transfer)
-        book.note_committed(transfer.id)
-
-
-class Aiopgsafe:
-    async def transfer(
-        self, conn: AsyncConnection[Any], transfer: Transfer, bank: Bank, book: Book
-    ) -> None:
-        block = conn.transaction()
-        try:
-            async with block as tx:
-                tx.on_commit(book.note_committed, transfer.id)
-                await bank.move(conn, transfer)
-        finally:
-            book.notes[transfer.id].state = block.state
-
-
-class Source(Protocol):
-    """Where clients get their connections."""
-
-    def connection(self) -> AbstractAsyncContextManager[Any]: ...
+    async def report(self) -> None: ...
 
     async def settle(self) -> int:
         """Replace the connections that were killed; how many places remain without one."""
 
 
-class Pool:
-    """A pool, psycopg's or ours, with a place for each client."""
+class Psycopg:
+    """psycopg has no callbacks: what is to follow a COMMIT stands behind the block."""
 
-    def __init__(self, pool: Any, size: int) -> None:
+    def __init__(self, pool: psycopg_pool.AsyncConnectionPool[Any]) -> None:
         self._pool = pool
-        self._size = size
 
-    def connection(self) -> AbstractAsyncContextManager[Any]:
-        connection: AbstractAsyncContextManager[Any] = self._pool.connection()
-        return connection
+    async def transfer(self, transfer: Transfer, bank: Bank, book: Book) -> None:
+        async with self._pool.connection() as conn, conn.transaction():
+            await bank.move(conn, transfer)
+        book.note_committed(transfer.id)
+
+    async def report(self) -> None:
+        async with self._pool.connection() as conn:
+            await conn.execute(REPORT)
 
     async def settle(self) -> int:
-        deadline = time.monotonic() + SETTLE_TIMEOUT
-        while True:
-            await self._pool.check()
-            available = int(self._pool.get_stats()["pool_available"])
-            if available == self._size or time.monotonic() > deadline:
-                return self._size - available
-            await anyio.sleep(0.01)
+        return await _settle(self._pool)
+
+
+class Aiopgsafe:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def transfer(self, transfer: Transfer, bank: Bank, book: Book) -> None:
+        tx: Transaction[Any] | None = None
+        try:
+            async with self._db.transaction() as tx:
+                tx.on_commit(book.note_committed, transfer.id)
+                await bank.move(tx, transfer)
+        finally:
+            if tx is not None:
+                book.notes[transfer.id].state = tx.state
+
+    async def report(self) -> None:
+        await self._db.execute(REPORT)
+
+    async def settle(self) -> int:
+        return await _settle(self._db.pool)
+
+
+async def _settle(pool: Any) -> int:
+    deadline = time.monotonic() + SETTLE_TIMEOUT
+    while True:
+        await pool.check()
+        available = int(pool.get_stats()["pool_available"])
+        if available == pool.max_size or time.monotonic() > deadline:
+            return int(pool.max_size) - available
+        await anyio.sleep(0.01)
 
 
 @asynccontextmanager
-async def open_pool(pool_class: type[Any], wires: Wires, size: int) -> AsyncIterator[Source]:
+async def open_library(name: str, wires: Wires, size: int) -> AsyncIterator[Library]:
+    """A side with a place for each client."""
+
     async def conninfo() -> str:
         return wires.new()
 
-    pool = pool_class(
-        conninfo,
-        min_size=size,
-        max_size=size,
-        timeout=POOL_TIMEOUT,
-        open=False,
-    )
-    # Interrupted, it would leave workers behind that let nobody cancel them.
+    library: Library
+    pool: Any
+    if name == "psycopg":
+        pool = psycopg_pool.AsyncConnectionPool(
+            conninfo, min_size=size, timeout=POOL_TIMEOUT, open=False
+        )
+        library = Psycopg(pool)
+    else:
+        db = Database(conninfo, min_size=size, timeout=POOL_TIMEOUT)
+        pool = db.pool
+        library = Aiopgsafe(db)
+    # Interrupted, psycopg's would leave workers behind that let nobody cancel them.
     with anyio.CancelScope(shield=True):
         await pool.open(wait=True, timeout=OPEN_TIMEOUT)
     try:
-        yield Pool(pool, size)
+        yield library
     finally:
         with anyio.CancelScope(shield=True):
             await pool.close()
 
 
 async def run_client(
-    number: int,
     library: Library,
-    source: Source,
     transfers: Iterator[Transfer],
     ways: dict[str, Way],
     bank: Bank,
@@ -177,16 +183,13 @@ async def run_client(
 ) -> None:
     """Move money until it is late.
 
-    Only the transaction is cancelled: psycopg's pool loses connections for good when one is
-    cancelled while it takes or returns them, and its side would soon stand still.
-
     :param until: `time.monotonic()`.
     """
 
-    async def work(conn: Any, note: Note) -> None:
+    async def work(note: Note) -> None:
         started = time.monotonic()
         try:
-            await library.transfer(conn, note.transfer, bank, book)
+            await library.transfer(note.transfer, bank, book)
         except anyio.get_cancelled_exc_class():
             note.ending = "cancelled"
             book.cancelled += 1
@@ -198,9 +201,9 @@ async def run_client(
             note.ending = "normal"
             book.note_time(time.monotonic() - started)
 
-    async def report(conn: Any) -> None:
+    async def report() -> None:
         try:
-            await conn.execute(REPORT)
+            await library.report()
         except psycopg.Error as error:  # here, not in a group: its server process was killed
             book.note_error(error)
         finally:
@@ -213,10 +216,8 @@ async def run_client(
         delay = None if count < CALM_START else transfer.moment * book.usual_time
         try:
             if transfer.report:
-                async with source.connection() as conn:
-                    await ways[transfer.kind](partial(report, conn), REPORT_CANCELLED_AFTER)
-            async with source.connection() as conn:
-                await ways[transfer.kind](partial(work, conn, note), delay)
+                await ways[transfer.kind](report, REPORT_CANCELLED_AFTER)
+            await ways[transfer.kind](partial(work, note), delay)
         except Exception as error:
             book.note_error(error)
     book.finished += 1

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
 import anyio
 import anyio.to_thread
 import psycopg
-import psycopg_pool
 
-from .. import AsyncConnectionPool
 from .bank import Bank, open_bank, plan
 from .cancelling import ways_of
-from .clients import (
-    Aiopgsafe,
-    Book,
-    Library,
-    Psycopg,
-    Source,
-    open_pool,
-    run_client,
-)
+from .clients import Book, open_library, run_client
 from .figures import Figures, figures_of
 from .interrupts import Interrupts
 from .wires import Wires
@@ -33,7 +23,7 @@ from .wires import Wires
 KILL_EVERY = 0.5
 """Seconds between two killed server processes."""
 
-LAST_WORDS = 15.0
+LAST_WORDS = 4.0
 """Seconds for the clients to finish what they have begun, after which they are stuck."""
 
 
@@ -94,18 +84,10 @@ class Side:
                 left_running=left_running,
             )
 
-    @property
-    def _library(self) -> Library:
-        return Psycopg() if self.name == "psycopg" else Aiopgsafe()
-
-    def _open_source(self, wires: Wires) -> AbstractAsyncContextManager[Source]:
-        pools = {"psycopg": psycopg_pool.AsyncConnectionPool, "aiopgsafe": AsyncConnectionPool}
-        return open_pool(pools[self.name], wires, self.clients)
-
     async def _run(self, bank: Bank, wires: Wires, book: Book) -> tuple[int, int]:
         """Return how many places of the pool were lost, how many reports were left running."""
         ways = ways_of(self.loop)
-        async with self._open_source(wires) as source:
+        async with open_library(self.name, wires, self.clients) as library:
             book.started = time.monotonic()
             until = book.started + self.seconds
             random = Random(f"{self.seed}/kills")
@@ -116,13 +98,11 @@ class Side:
                         for number in range(self.clients):
                             transfers = plan(self.seed, number, list(ways))
                             tasks.start_soon(
-                                run_client,
-                                *(number, self._library, source, transfers),
-                                *(ways, bank, book, until),
+                                partial(run_client, library, transfers, ways, bank, book, until)
                             )
                 await anyio.sleep(LEFT_RUNNING_AFTER)
                 running = await anyio.to_thread.run_sync(bank.end_reports, direct)
-            return await source.settle(), running
+            return await library.settle(), running
 
 
 async def _watch(
