@@ -9,7 +9,7 @@ from functools import partial, wraps
 from inspect import iscoroutinefunction
 from signal import SIGTERM
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import IsolationLevel
@@ -286,33 +286,42 @@ class DrainWatch:
             return False
         self._arrivals += 1
         backend = self._db.pool._own_backend()
-        if self._arrivals == 1:
-            backend.run_sync_soon(self._begin, arrival)
-        else:
-            backend.run_sync_soon(self._hurry)
+        backend.run_sync_soon(self._begin if self._arrivals == 1 else self._hurry, arrival)
         return True
 
     def _begin(self, arrival: Arrival) -> None:
         backend = self._db.pool._own_backend()
         self._job = backend.background(partial(self._run, arrival))
 
-    def _hurry(self) -> None:
+    def _hurry(self, arrival: Arrival) -> None:
         if self._db._drain is not None:
             self._db._drain.shorten(0)
+        arrival.hit()
 
     async def _run(self, arrival: Arrival) -> None:
-        await self._db.drain(self._grace)
-        self._drained = True
-        arrival.send_again()
+        try:
+            await self._db.drain(self._grace)
+        finally:
+            # Of several databases the last one passes it on.
+            self._drained = True
+            arrival.go_on()
 
 
-class Frame(NamedTuple):
-    """A transaction that a task is in, and the one around it."""
+class Frame:
+    """A transaction that a task is in, and the one around it.
 
-    db: Database
-    task: object
-    tx: Tx
-    around: Frame | None
+    Blocks in generators are left in another order than they were entered, and in other
+    tasks: a frame that was left counts for nothing, wherever it stands.
+    """
+
+    __slots__ = ("around", "db", "left", "task", "tx")
+
+    def __init__(self, db: Database, tx: Tx, around: Frame | None) -> None:
+        self.db = db
+        self.task = db.pool._own_backend().current_task()
+        self.tx = tx
+        self.around = around
+        self.left = False
 
 
 _frame: ContextVar[Frame | None] = ContextVar("aiopgsafe_frame", default=None)
@@ -324,9 +333,10 @@ def ambient(db: Database) -> Tx | None:
     frame = _frame.get()
     if frame is None:
         return None
+    db.pool._check_loop()
     task = db.pool._own_backend().current_task()
     while frame is not None:
-        if frame.db is db and frame.task is task and frame.tx.state is ACTIVE:
+        if frame.db is db and frame.task is task and frame.tx.state is ACTIVE and not frame.left:
             return frame.tx
         frame = frame.around
     return None
@@ -335,7 +345,7 @@ def ambient(db: Database) -> Tx | None:
 class Block:
     """``async with`` it: what `Database.transaction()` returns."""
 
-    __slots__ = ("_around", "_db", "_entered", "_lease", "_options", "_timeout", "_tx")
+    __slots__ = ("_db", "_entered", "_frame", "_lease", "_options", "_timeout", "_tx")
 
     def __init__(self, db: Database, timeout: float | None, options: dict[str, Any]) -> None:
         self._db = db
@@ -344,7 +354,7 @@ class Block:
         self._entered = False
         self._lease: Lease[Conn] | None = None
         self._tx: Tx | None = None
-        self._around: Frame | None = None
+        self._frame: Frame | None = None
 
     async def __aenter__(self) -> Tx:
         if self._entered:
@@ -363,8 +373,8 @@ class Block:
             except BaseException as exc:
                 await lease.__aexit__(type(exc), exc, exc.__traceback__)
                 raise
-        self._around = _frame.get()
-        _frame.set(Frame(db, db.pool._own_backend().current_task(), self._tx, self._around))
+        self._frame = Frame(db, self._tx, _frame.get())
+        _frame.set(self._frame)
         return self._tx
 
     async def __aexit__(
@@ -374,8 +384,13 @@ class Block:
         tb: TracebackType | None,
     ) -> bool:
         assert self._tx is not None
+        assert self._frame is not None
         # Not `reset()`: a fixture's end may run in another context than its beginning.
-        _frame.set(self._around)
+        self._frame.left = True
+        innermost = _frame.get()
+        while innermost is not None and innermost.left:
+            innermost = innermost.around
+        _frame.set(innermost)
         lease = self._lease
         try:
             swallowed = await self._tx.__aexit__(exc_type, exc, tb)

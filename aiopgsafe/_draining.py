@@ -19,7 +19,8 @@ class Drain:
     def __init__(self, pool: AsyncConnectionPool[Any], grace: float) -> None:
         self._pool = pool
         self._backend: Backend = pool._own_backend()
-        self._until = monotonic() + grace
+        self._grace_until = monotonic() + grace
+        self._in_grace = True
         self._bell: Waiter | None = None
         self._over = False
         self._waiting: list[Waiter] = []
@@ -28,9 +29,9 @@ class Drain:
 
     def shorten(self, grace: float) -> None:
         """Let `grace` count from now, if that is earlier."""
-        self._until = min(self._until, monotonic() + grace)
-        if self._bell is not None:
-            self._bell.limit(self._until)
+        self._grace_until = min(self._grace_until, monotonic() + grace)
+        if self._bell is not None and self._in_grace:
+            self._bell.limit(self._grace_until)
 
     async def wait(self) -> None:
         """Until it is over. Interrupted, it goes on."""
@@ -44,19 +45,22 @@ class Drain:
 
     async def _run(self) -> None:
         try:
-            if not await self._unused():
+            if not await self._unused(self._grace_until):
+                self._in_grace = False
                 await self._stop_what_runs()
-            await self._pool.close()
         finally:
-            self._over = True
-            for waiter in self._waiting:
-                waiter.wake()
+            try:
+                await self._pool.close()
+            finally:
+                self._over = True
+                for waiter in self._waiting:
+                    waiter.wake()
 
-    async def _unused(self) -> bool:
-        """Wait until no connection is in use, or `_until`. Whether none is."""
+    async def _unused(self, until: float) -> bool:
+        """Wait until no connection is in use, or `until`. Whether none is."""
         while self._pool._in_use():
             self._bell = waiter = self._backend.waiter()
-            waiter.limit(self._until)
+            waiter.limit(self._grace_until if self._in_grace else until)
             self._pool._when_given_back(waiter.wake)
             try:
                 await waiter.wait()
@@ -68,20 +72,25 @@ class Drain:
 
     async def _stop_what_runs(self) -> None:
         """The grace is over: cancel statements, close what is idle, let COMMITs end."""
-        conns = self._pool._in_use()
-        for conn in conns:
+        pool = self._pool
+        for conn in pool._in_use():
             if not conn._cancel_statement():
                 self._drop(conn)
-        self._until = monotonic() + max(conn.cancel_timeout for conn in conns)
-        if await self._unused():
+        if await self._unused(monotonic() + longest(pool._in_use(), "cancel_timeout")):
             return
         # Whose statement was cancelled, and who has begun another one.
-        for conn in self._pool._in_use():
+        for conn in pool._in_use():
             self._drop(conn)
-        self._until = monotonic() + max(conn.commit_timeout for conn in conns)
-        await self._unused()
+        while not await self._unused(monotonic() + longest(pool._in_use(), "commit_timeout")):
+            if not any(conn._section is not None for conn in pool._in_use()):
+                return  # nobody but who keeps it in spite of all
 
     def _drop(self, conn: AsyncConnection[Any]) -> None:
         """Close it, unless it ends a transaction: that has its own limit."""
-        if conn._section is None:
+        if conn._section is None and not conn._is_ending():
             conn._drop("the database drains")
+
+
+def longest(conns: list[AsyncConnection[Any]], name: str) -> float:
+    """The longest of their timeouts, in seconds."""
+    return max((getattr(conn, name) for conn in conns), default=0.0)

@@ -329,10 +329,11 @@ class Section:
             self._let_through(held, errors)
 
     async def _call_back(self) -> list[BaseException]:
+        session = self._session
         errors: list[BaseException] = []
         for callback in self.callbacks:
             try:
-                await self.shield.call(callback.fn, self._session.commit_timeout)
+                await self.shield.call(callback.fn, session.commit_timeout, session)
             except GeneratorExit:  # the coroutine is destroyed, its loop is gone
                 GATE.leave(self.shield)
                 raise

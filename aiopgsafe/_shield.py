@@ -27,7 +27,6 @@ import sys
 from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGate
 from _signal import signal as set_handler
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from threading import get_ident, main_thread
 from time import monotonic
 from types import FrameType
@@ -35,7 +34,9 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
-__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "inside_section", "unhooked"]
+from ._calls import CALL, Call, running_call
+
+__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "unhooked"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -98,6 +99,9 @@ class EventLoop(Protocol):
 
     def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the loop; may be called from a signal handler."""
+
+    def current_task(self) -> object:
+        """What tells the running task from others."""
 
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
@@ -177,19 +181,23 @@ class Shield:
         if self._job is not None:  # one that has ended doesn't mind
             self._job.limit(self._until)
 
-    async def call(self, fn: Callable[[], object], timeout: float) -> None:
+    async def call(self, fn: Callable[[], object], timeout: float, lent: object = None) -> None:
         """Call `fn` and, if it returns an awaitable, see that through, `timeout` seconds at most.
 
         Raises what `fn` raises; TimeoutError if it had to be cancelled.
+
+        :param lent: a connection that `fn` may use meanwhile: see `Call`.
         """
         result = fn()
         if not isinstance(result, Awaitable):
             return
 
         async def see_through() -> None:
+            call.task = self.loop.current_task()
             await result
 
-        token = _inside.set(True)
+        call = Call(lent)
+        token = CALL.set(call)
         try:
             job = self.loop.spawn(see_through)
             job.limit(monotonic() + timeout)
@@ -197,16 +205,8 @@ class Shield:
         except Expired:
             raise TimeoutError(f"cancelled: it did not end within {timeout} seconds") from None
         finally:
-            _inside.reset(token)
-
-
-_inside: ContextVar[bool] = ContextVar("aiopgsafe_inside_section", default=False)
-"""Set in callbacks: a COMMIT of theirs must not wait for the section that waits for them."""
-
-
-def inside_section() -> bool:
-    """Whether we are called back by a transaction that ends."""
-    return _inside.get()
+            CALL.reset(token)
+            call.end()
 
 
 class Hook:
@@ -282,7 +282,7 @@ class SignalGate:
             # in it when it was stopped.
             for stranded in [s for s in shields if not s.loop.running]:
                 shields.discard(stranded)
-        if self._pending and shields and not at_once and not _inside.get():
+        if self._pending and shields and not at_once and running_call() is None:
             return False
         if not shields:
             handlers = [*map(getsignal, DEFERRED_SIGNALS)]

@@ -28,22 +28,31 @@ class Arrival:
         self.signum = signum
         self._takers = 0
         self._hit = False
+        self._to_go_on = False
 
     def taken(self) -> None:
         self._takers += 1
 
     def hit(self) -> None:
         """A taker has done what the signal asked for."""
-        self._takers -= 1
         self._hit = True
+        self._leave()
 
     def missed(self) -> None:
         """A taker found nothing to do after all. If all did, the signal is the program's."""
-        self._takers -= 1
-        if not self._takers and not self._hit:
-            self.send_again()
+        self._leave()
 
-    def send_again(self) -> None:
+    def go_on(self) -> None:
+        """A taker has done its part, and the signal is the program's when the others have."""
+        self._to_go_on = True
+        self._leave()
+
+    def _leave(self) -> None:
+        self._takers -= 1
+        if not self._takers and (self._to_go_on or not self._hit):
+            self._send_again()
+
+    def _send_again(self) -> None:
         """As from outside: a handler that raises would otherwise end whatever task this is."""
         args = (os.getpid(), self.signum)
         Thread(target=os.kill, args=args, name=f"signal again {self.signum}").start()

@@ -24,6 +24,7 @@ LOOPS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the long runs: minutes, not seconds")
+    parser.addoption("--one-server", action="store_true", help="on the newest PostgreSQL only")
 
 
 @pytest.fixture
@@ -131,6 +132,17 @@ def pgbouncer(dsn: str) -> Iterator[str]:
         pytest.skip("PgBouncer is not installed (Debian: apt-get install pgbouncer)")
     with PgBouncer(dsn) as bouncer:
         yield bouncer.dsn
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--one-server"):
+        others = set(BINDIRS[1:])
+        callspecs = [getattr(item, "callspec", None) for item in items]
+        wanted = [spec is None or spec.params.get("server") not in others for spec in callspecs]
+        config.hook.pytest_deselected(
+            items=[item for item, keep in zip(items, wanted, strict=True) if not keep]
+        )
+        items[:] = [item for item, keep in zip(items, wanted, strict=True) if keep]
 
 
 class Figures:

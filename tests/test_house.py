@@ -23,6 +23,7 @@ PACKAGE = Path(aiopgsafe.__file__).parent
 
 STOREYS = [
     "_errors",
+    "_calls",
     "_shield",
     "_backends",
     "_outcome",

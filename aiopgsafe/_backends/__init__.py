@@ -174,9 +174,6 @@ class Backend(EventLoop, Protocol):
     def is_current(self) -> bool:
         """Whether we are in this loop."""
 
-    def current_task(self) -> object:
-        """What tells the running task from others."""
-
     def take_signal(self, signum: int, handler: object) -> LoopHandler | None:
         """Take a handler from the loop (`loop.add_signal_handler()`) that it calls by itself.
 
@@ -184,6 +181,9 @@ class Backend(EventLoop, Protocol):
 
         None if the loop has none; RuntimeError if it doesn't let go of it.
         """
+
+    def interrupted(self, exc: BaseException) -> bool:
+        """Whether `exc`, just caught, interrupts the running task. Else somebody raised it."""
 
     async def checkpoint(self) -> None:
         """Let the other tasks run, and be interrupted if that is due."""
@@ -196,6 +196,15 @@ class Backend(EventLoop, Protocol):
 
         asyncio delivers a cancellation at the next real wait, and can't be asked before.
         """
+
+
+def running() -> bool:
+    """Whether an event loop runs in this thread."""
+    try:
+        current()
+    except RuntimeError:
+        return False
+    return True
 
 
 def current() -> Backend:

@@ -377,6 +377,12 @@ class Backend:
             )
         return None
 
+    def interrupted(self, exc: BaseException) -> bool:
+        if isinstance(exc, asyncio.CancelledError):
+            task = asyncio.current_task()
+            return task is None or task.cancelling() > 0
+        return not isinstance(exc, Exception)
+
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)
 

@@ -13,6 +13,9 @@ from ._readiness import READ, WRITE
 
 T = TypeVar("T")
 
+LAST_WORDS = 1.0
+"""Seconds that a task has to end once it has been cancelled at its limit."""
+
 
 class Waiter:
     """A wait that outlives the cancellation of who waits, and has a limit."""
@@ -134,7 +137,7 @@ class Task(Generic[T]):
         return self._error is exc
 
     async def wait(self) -> T:
-        await self._waiter.wait()
+        await self._waiter.wait()  # Expired: it doesn't let itself be cancelled, and runs on
         if self._timer is not None:
             self._timer.cancel()
         if self._task.cancelled():  # before it began
@@ -162,6 +165,7 @@ class Task(Generic[T]):
     def _cancel(self) -> None:
         self._expired = True
         self._task.cancel()
+        self._waiter.limit(monotonic() + LAST_WORDS)
 
 
 async def _outcome(fn: Callable[[], Awaitable[T]]) -> tuple[T | None, BaseException | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from math import inf
@@ -188,7 +189,8 @@ class Channel(_Limited):
     def discard(self) -> None:
         self.closed = True
         if self._watched:  # else nothing of it is in the loop while nobody waits
-            self._token.run_sync_soon(self._unwatch)
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._unwatch)
 
     def ended_with(self, exc: BaseException) -> bool:
         return self._gen is None and self._error is exc
@@ -394,6 +396,9 @@ class Backend:
 
     def take_signal(self, signum: int, handler: object) -> None:
         return None
+
+    def interrupted(self, exc: BaseException) -> bool:
+        return not isinstance(exc, Exception)  # nobody else can make a trio.Cancelled
 
     async def checkpoint(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -34,6 +34,7 @@ from ._generators import begin_command
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
+from ._statements import statement_listens
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -95,6 +96,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         self._told = Told(pgconn, cast("Any", self))
         self._channel = self._backend.channel(pgconn, self._told)
         self._disconnect_handlers: list[Callable[[psycopg.Error], object]] = []
+        self._write_refused = False
         self._listened = False  # whether it may have listened to a channel
         self._blocks: list[Transaction[Any]] = []
         self._unit: Unit | None = None
@@ -216,6 +218,11 @@ class AsyncConnection(ConnectionEvents[Row]):
         :param interval: for compatibility; nothing is polled here.
         :param timeout: seconds after which psycopg's ``_WaitTimeout`` is raised.
         """
+        if not self._listened and statement_listens(gen):
+            self._listened = True
+        return await self._drive(gen, timeout)
+
+    async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel
         if channel.closed:
             self._check_connection_ok()
@@ -237,6 +244,8 @@ class AsyncConnection(ConnectionEvents[Row]):
             if self._signalled is not None:
                 self._signalled.saw(exc)
                 await self._settle_signalled(exc)
+            if isinstance(exc, errors.ReadOnlySqlTransaction):
+                self._write_refused = True  # a pool asks why
             raise
         if self._signalled is not None and self._signalled.over:
             try:

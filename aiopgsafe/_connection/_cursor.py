@@ -45,7 +45,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if not lock.try_acquire():
             await lock.acquire()
         try:
-            await conn.wait(self._execute_gen(query, params, prepare=prepare, binary=binary))
+            await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
         except errors._NO_TRACEBACK as exc:
             raise exc.with_traceback(None)  # noqa: B904
         finally:

@@ -62,6 +62,12 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             self._blocks.remove(tx)
         self._num_transactions = len(self._blocks)
 
+    def _forget_blocks(self) -> None:
+        """For its next holder, between transactions: what the last one never left."""
+        self._blocks.clear()
+        self._num_transactions = 0
+        self._tpc = None
+
     def _start_query(self) -> PQGen[None]:
         """psycopg's implicit BEGIN. The unit of a transaction that has ended ends here."""
         if self._unit is not None and self.pgconn.transaction_status == IDLE:

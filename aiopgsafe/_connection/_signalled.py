@@ -168,6 +168,13 @@ class Cancellable(StatementStopping[Row]):
         """
         return watching(signals or (SIGINT,), self._backend, SignalWatch(self))
 
+    def _is_ending(self) -> bool:
+        """Whether COMMIT, or what ends a transaction otherwise, is on its way."""
+        gen = self._channel.generator
+        if gen is None:
+            return False
+        return gen is self._uncancellable or ending_statement(gen, self._pipeline) is not None
+
     def _cancel_statement(self) -> bool:
         """Cancel what runs, beside its task: QueryCanceled is raised there. False: nothing does."""
         if not cancellable(self):

@@ -48,6 +48,22 @@ def _listens(query: str | bytes) -> bool:
     return (b"listen" if isinstance(query, bytes) else "listen") in query.lower()  # type: ignore[operator]
 
 
+_STATEMENTS = (
+    "_execute_gen",
+    "_executemany_gen_pipeline",
+    "_executemany_gen_no_pipeline",
+    "_stream_send_gen",
+)
+"""psycopg's generators that are given a query, of any class of cursor."""
+
+
+def statement_listens(gen: PQGen[Any]) -> bool:
+    """Whether a generator that hasn't begun sends what may contain LISTEN."""
+    if name_of(gen) not in _STATEMENTS:
+        return False
+    return listens(cast("Any", gen).gi_frame.f_locals["query"])
+
+
 def name_of(gen: PQGen[Any]) -> str:
     """The name of the function that made the generator."""
     return getattr(gen, "__name__", "")

@@ -34,7 +34,8 @@ async def clean(conn: AsyncConnection[Any], reset: Callback | None) -> BaseExcep
     except BaseException as exc:
         if not conn.closed:
             conn._drop(f"it could not be made clean for its pool: {exc!r}")
-        if not isinstance(exc, Exception):
+        # An interruption of ours is held back: a CancelledError here is `reset`'s own.
+        if isinstance(exc, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
     return shield.held
 
@@ -42,6 +43,9 @@ async def clean(conn: AsyncConnection[Any], reset: Callback | None) -> BaseExcep
 async def _clean(
     conn: AsyncConnection[Any], session: Session, shield: Shield, reset: Callback | None
 ) -> None:
+    if conn.closed:
+        await conn._settle_at_close()  # its callbacks
+        return
     status = conn.pgconn.transaction_status
     if conn.lock.locked() or status == Status.ACTIVE or conn._pipeline is not None:
         # Another task waits on it, or a stream() or COPY was left in the middle.
@@ -53,6 +57,7 @@ async def _clean(
             await conn.rollback()
         except session._backend.interruptions as exc:
             shield.hold_back(exc)
+    conn._forget_blocks()
     if conn._listened and not conn.closed:
         try:
             await run(session, shield, session._commands_gen([b"UNLISTEN *"]))
@@ -65,16 +70,15 @@ async def _clean(
             check_idle(conn, "reset", reset)
 
 
-def demoted(conn: AsyncConnection[Any]) -> bool:
-    """Whether a write was refused because of the server, not of the transaction.
+def is_standby(conn: AsyncConnection[Any]) -> bool:
+    """Whether the server is in recovery, as it reports itself from version 14 on.
 
-    Servers from 14 on report both settings as they change (PostgreSQL documentation,
-    "Asynchronous Operations").
+    PostgreSQL documentation, "Asynchronous Operations".
     """
-    settings = [
-        conn.pgconn.parameter_status(name)
-        for name in (b"in_hot_standby", b"default_transaction_read_only")
-    ]
-    if settings == [None, None]:
-        return not conn.read_only
-    return b"on" in settings
+    return conn.pgconn.parameter_status(b"in_hot_standby") == b"on"
+
+
+def is_read_only(conn: AsyncConnection[Any]) -> bool:
+    """Whether transactions of the session can't write by default."""
+    setting = conn.pgconn.parameter_status(b"default_transaction_read_only")
+    return setting == b"on" or (setting is None and not conn.read_only)

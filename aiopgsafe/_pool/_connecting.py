@@ -38,7 +38,7 @@ class Connector:
     def __init__(
         self,
         name: str,
-        options: ConnectOptions,
+        options: Callable[[], ConnectOptions],
         places: Places,
         stats: Callable[[], Counter[str]],
         add: Callable[[AsyncConnection[Any]], None],
@@ -47,10 +47,10 @@ class Connector:
         reconnect_timeout: float,
         on_failed: Callable[[], object],
     ) -> None:
-        self.last_error: Exception | None = None
+        self.last_error: BaseException | None = None
         """Why connecting fails, while it does."""
         self._name = name
-        self.options = options
+        self._options = options
         self._places = places
         self._stats = stats
         self._add = add
@@ -59,6 +59,7 @@ class Connector:
         self._on_failed = on_failed
         self._backend: Backend | None = None
         self._jobs: dict[object, Background[None]] = {}
+        self._begun: set[object] = set()
         self._sleepers: set[Waiter] = set()
         self._failing_since: float | None = None
 
@@ -84,9 +85,27 @@ class Connector:
         jobs = list(self._jobs.values())
         for job in jobs:
             job.cancel()
+        # Cancelled before they began, they would never say that they have ended.
+        self._places.connecting -= len(self._jobs.keys() - self._begun)
         return jobs
 
+    async def connect(self) -> AsyncConnection[Any]:
+        """A new connection, configured. Raises what connecting and `configure` raise."""
+        options = self._options()
+        conn = await options.connect()
+        conn._pool = self  # `async with conn` in the callback doesn't close it
+        try:
+            await options.configured(conn)
+        except BaseException:
+            conn._close_now()
+            raise
+        conn._pool = None
+        return conn
+
     async def _work(self, key: object) -> None:
+        if self._backend is None:
+            return  # stopped before it began
+        self._begun.add(key)
         places = self._places
         counted = True
         delay = FIRST_DELAY
@@ -110,27 +129,25 @@ class Connector:
             if counted:
                 places.connecting -= 1
             del self._jobs[key]
+            self._begun.discard(key)
         if self._failing_since is not None and not self._jobs:
             await self._give_up()
 
     async def _attempt(self) -> AsyncConnection[Any] | None:
-        stats = self._stats()
-        stats["connections_num"] += 1
+        backend = self._backend
+        self._stats()["connections_num"] += 1
         started = monotonic()
-        conn: AsyncConnection[Any] | None = None
         try:
-            conn = await self.options.connect()
-            await self.options.configured(conn)
+            conn = await self.connect()
         except BaseException as exc:
-            if conn is not None:
-                conn._close_now()
-            stats["connections_errors"] += 1
-            if not isinstance(exc, Exception):
+            self._stats()["connections_errors"] += 1
+            # A CancelledError of its own that `configure` raises is an error like others.
+            if not isinstance(exc, Exception) and (backend is None or backend.interrupted(exc)):
                 raise
             self.last_error = exc
-            logger.warning("error connecting in %r: %s", self._name, exc)
+            logger.warning("error connecting in %r: %r", self._name, exc)
             return None
-        stats["connections_ms"] += int((monotonic() - started) * 1000)
+        self._stats()["connections_ms"] += int((monotonic() - started) * 1000)
         self.last_error = self._failing_since = None
         return conn
 
@@ -143,7 +160,10 @@ class Connector:
             self._failing_since = now
         give_up = self._failing_since + self._reconnect_timeout
         if now >= give_up:
-            return False
+            if not self._places.queue:
+                return False
+            await self._give_up()  # but for those who wait
+            self._failing_since, give_up = now, now + self._reconnect_timeout
         waiter = backend.waiter()
         waiter.limit(min(now + delay * uniform(0.75, 1.25), give_up))
         self._sleepers.add(waiter)

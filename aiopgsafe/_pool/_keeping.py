@@ -15,6 +15,7 @@ from psycopg import pq
 
 from .._backends import Backend, Expired, Waiter
 from .._connection import AsyncConnection
+from ._cleaning import is_read_only, is_standby
 from ._connecting import Connector
 from ._places import Place, Places
 
@@ -22,10 +23,17 @@ logger = logging.getLogger("aiopgsafe.pool")
 
 IDLE = pq.TransactionStatus.IDLE
 
+MIN_PAUSE = 0.05
+"""Seconds between two looks for connections that have been idle for too long, at least."""
+
+DRAIN_PAUSE = 5.0
+"""Seconds: a pool that leads to a standby, whatever it does, doesn't reconnect all the time."""
+
 
 class Keeping:
     """The part of `AsyncConnectionPool` that keeps the connections."""
 
+    name: str
     max_idle: float
     max_lifetime: float
     _backend: Backend | None
@@ -47,16 +55,26 @@ class Keeping:
             wake()
 
     def _offer(self, place: Place) -> None:
-        if self._places.put(place):
-            place.conn._channel.watch(True)
-        if self._filling and self._filled():
+        # Nobody watches a connection in use on trio, and a busy loop sees late: one
+        # more look before somebody who waits gets it.
+        places, channel = self._places, place.conn._channel
+        if places.queue and not channel.look():
+            self._lose(place)
+        elif places.put(place):
+            channel.watch(True)
+        if self._filling:
+            self._look_whether_filled()
+
+    def _look_whether_filled(self) -> None:
+        if self._filled():
             for waiter in self._filling:
                 waiter.wake()
 
     def _add(self, conn: AsyncConnection[Any]) -> None:
         now = monotonic()
         # With some randomness, so that not all expire together.
-        place = Place(conn, now, now + self.max_lifetime * uniform(0.95, 1.0))
+        place = Place(conn, now, now + self.max_lifetime * uniform(0.95, 1.0), now)
+        place.born_read_only = is_read_only(conn)
         conn._place = place
         conn._disconnect_handlers.append(partial(self._on_lost, place))
         if self._closed:
@@ -65,8 +83,10 @@ class Keeping:
             self._offer(place)
 
     def _on_lost(self, place: Place, error: psycopg.Error) -> None:
-        """A watcher has seen its end. One in use is found out when it is given back."""
-        if place not in self._places.used:
+        """A watcher has seen its end. One in use keeps its place until it is given back."""
+        if place in self._places.used:
+            self._given_back()  # who waits until nothing is in use looks again
+        else:
             logger.info("discarding lost connection: %s", error)
             self._lose(place)
 
@@ -100,7 +120,8 @@ class Keeping:
                 for place in self._places.idle
             ]
             self._bell = self._backend.waiter()
-            self._bell.limit(max(min(due, default=0.0), now + min(self.max_idle, 1.0)))
+            pause = max(MIN_PAUSE, min(self.max_idle, 1.0))
+            self._bell.limit(max(min(due, default=0.0), now + pause))
             try:
                 await self._bell.wait()
             except Expired:
@@ -119,13 +140,32 @@ class Keeping:
             self._closed
             or place.expires_at <= now
             or place.created_at <= self._drained_at
-            or len(places.used) > places.max_size  # it has been made smaller
+            or len(places.used) + len(places.idle) > places.max_size  # it has been made smaller
         ):
             self._retire(place)
             return
+        if place.conn._write_refused:
+            place.conn._write_refused = False
+            if self._let_go_of_demoted(place):
+                return
         place.conn = place.conn._renewed()
         place.idle_since = now
         self._offer(place)
+
+    def _let_go_of_demoted(self, place: Place) -> bool:
+        """After a switchover the server refuses to write: reconnecting may lead to the new one.
+
+        All connections lead to a standby. ``default_transaction_read_only`` may be the
+        session's own setting: that costs this connection only.
+        """
+        conn, now = place.conn, monotonic()
+        if is_standby(conn) and now >= self._drained_at + DRAIN_PAUSE:
+            logger.warning("the server of %r is read-only now: reconnecting", self.name)
+            self._drain()
+        elif not is_read_only(conn) or place.born_read_only:
+            return False
+        self._retire(place)
+        return True
 
     def _return_unchecked(self, place: Place) -> None:
         """Give back what a check was interrupted on: in a transaction it is of no use."""

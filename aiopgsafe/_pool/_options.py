@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from inspect import isawaitable
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import psycopg
 
 from .._connection import AsyncConnection
+from .._connection._released import prepare
 
 Callback: TypeAlias = Callable[[Any], Awaitable[None]]
 """Is given a connection."""
@@ -46,6 +48,18 @@ def check_class(connection_class: type[Any]) -> None:
             "connection_class must be aiopgsafe.AsyncConnection or a subclass of it,"
             f" not {connection_class.__module__}.{connection_class.__qualname__}"
         )
+    prepare(connection_class)
+
+
+def warn_of_constructor(name: str, stacklevel: int) -> None:
+    """psycopg_pool's warning."""
+    warnings.warn(
+        f"opening the async pool {name} in the constructor is deprecated and will not be"
+        " supported anymore in a future release. Please use `await pool.open()`, or use the"
+        f" pool as context manager using: `async with {name}(...) as pool: `...",
+        RuntimeWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 @dataclass(frozen=True, slots=True)

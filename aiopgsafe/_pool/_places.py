@@ -9,7 +9,7 @@ after a change, never between.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,9 @@ class Place:
     conn: AsyncConnection[Any]
     created_at: float
     expires_at: float
-    idle_since: float = 0.0
+    idle_since: float
+    born_read_only: bool = False
+    """Whether its transactions can't write by default since it was made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -99,12 +101,16 @@ class Places:
         self.used.update(places)
         return places
 
-    def fail_all(self, error: Exception) -> None:
-        """Nobody in the queue will get a place."""
+    def fail_all(self, error: Callable[[], Exception]) -> None:
+        """Nobody in the queue will get a place. Each gets an error of its own."""
         while self.queue:
             request = self.queue.popleft()
-            request.error = error
+            request.error = error()
             request.waiter.wake()
+
+    def beyond_max_size(self) -> Iterable[Place]:
+        """Idle places that are too many since the pool was made smaller."""
+        return self.idle[: max(0, self.size - self.max_size)]
 
     def superfluous(self, now: float, max_idle: float) -> Iterable[Place]:
         """Idle places beyond `min_size` that nobody has needed for so long, and expired ones."""

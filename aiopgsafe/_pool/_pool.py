@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -13,19 +12,27 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 import psycopg
-from psycopg import errors, pq
+from psycopg import pq
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from .. import _backends
 from .._backends import Backend, Background, Expired, Waiter
+from .._calls import running_call
 from .._connection import AsyncConnection
 from .._errors import Draining
-from .._shield import inside_section
-from ._cleaning import clean, demoted
+from ._cleaning import clean
 from ._connecting import Connector
-from ._giving import Giving
+from ._giving import Deadline, Giving
 from ._lease import Lease
-from ._options import Callback, ConnectOptions, Given, check_class, check_seconds, check_sizes
+from ._options import (
+    Callback,
+    ConnectOptions,
+    Given,
+    check_class,
+    check_seconds,
+    check_sizes,
+    warn_of_constructor,
+)
 from ._places import Place, Places
 
 __all__ = ["AsyncConnectionPool"]
@@ -104,7 +111,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._stats: Counter[str] = Counter()
         self._connector = Connector(
             self.name,
-            ConnectOptions(connection_class, conninfo, kwargs, configure),
+            lambda: ConnectOptions(self.connection_class, self.conninfo, self.kwargs, configure),
             self._places,
             lambda: self._stats,
             self._add,
@@ -114,6 +121,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         )
         self._backend: Backend | None = None
         self._closed = True
+        self._opening = False
         self._open_implicitly = open is None
         self._drained_at = 0.0
         self._refusal = ""
@@ -122,7 +130,8 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._maintenance: Background[None] | None = None
         self._bell: Waiter | None = None
         if open:
-            self._warn_of_constructor()
+            warn_of_constructor(type(self).__name__, stacklevel=3)
+        if open or (open is None and _backends.running()):
             self._open()
 
     def __repr__(self) -> str:
@@ -162,14 +171,17 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
     async def _open_with_first(self) -> None:
         """Open it with a connection; raise why that can't be made."""
         self._check_unopened()
-        conn = await self._connector.options.connect()
+        if self._opening:
+            raise psycopg.InterfaceError(f"{self!r} is being opened already")
+        self._opening = True
         try:
-            await self._connector.options.configured(conn)
-        except BaseException:
-            conn._close_now()
-            raise
-        self._check_unopened()
-        self._open(conn)
+            conn = await self._connector.connect()
+            if not self._opening:  # closed meanwhile
+                conn._close_now()
+                raise PoolClosed(f"the pool {self.name!r} was closed while it was opened")
+            self._open(conn)
+        finally:
+            self._opening = False
 
     def _check_unopened(self) -> None:
         if self._backend is not None:
@@ -218,11 +230,12 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
 
         :param timeout: seconds to wait for what runs in the background to end.
         """
+        self._opening = self._open_implicitly = False
         if self._closed:
             return
         self._check_loop()
         self._closed = True
-        self._places.fail_all(PoolClosed(f"the pool {self.name!r} is closed"))
+        self._places.fail_all(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
         for place in tuple(self._places.idle):
             self._retire(place)
         jobs = self._connector.stop()
@@ -259,17 +272,18 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
 
     def _check_usable(self) -> Backend:
         backend = self._backend
-        if self._refusal and not inside_section():
+        if self._refusal and running_call() is None:
             raise Draining(self._refusal)
         if self._closed or backend is None:
             if backend is not None:
                 raise PoolClosed(f"the pool {self.name!r} is already closed")
             if not self._open_implicitly:
                 raise PoolClosed(f"the pool {self.name!r} is not open yet")
-            self._open_implicitly = False
-            self._warn_of_constructor()
             self._open()
             return self._check_usable()
+        if self._open_implicitly:
+            self._open_implicitly = False
+            warn_of_constructor(type(self).__name__, stacklevel=4)
         if not backend.is_current():
             self._check_loop()
         return backend
@@ -282,7 +296,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
     def _refuse(self, why: str) -> None:
         """Give connections to nobody any more but to callbacks of what still runs."""
         self._refusal = why
-        self._places.fail_all(Draining(why))
+        self._places.fail_all(lambda: Draining(why))
 
     def _check_loop(self) -> None:
         if self._backend is not None and not self._backend.is_current():
@@ -290,16 +304,6 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
                 f"the pool {self.name!r} was opened in another event loop (or thread):"
                 " open one in this loop"
             )
-
-    def _warn_of_constructor(self) -> None:
-        warnings.warn(
-            f"opening the async pool {type(self).__name__} in the constructor is deprecated"
-            " and will not be supported anymore in a future release. Please use"
-            " `await pool.open()`, or use the pool as context manager using:"
-            f" `async with {type(self).__name__}(...) as pool: `...",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
     # Getting a connection
 
@@ -330,7 +334,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         if self._check is not None or (place := self._take()) is None:
             return None
         self._stats["requests_num"] += 1
-        conn = cast("ConnectionT", place.conn)
+        conn: ConnectionT = place.conn  # type: ignore[assignment]  # the pool's class; no call for it here
         conn._pool = self
         return conn
 
@@ -339,9 +343,10 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             timeout = self.timeout
         backend = self._check_usable()
         self._stats["requests_num"] += 1
-        place = self._take() or await self._wait_for_place(backend, timeout)
+        deadline = Deadline(monotonic() + timeout, timeout)
+        place = await self._place(backend, deadline)
         if self._check is not None:
-            place = await self._checked(self._check, backend, place, timeout)
+            place = await self._checked(self._check, backend, place, deadline)
         conn = cast("ConnectionT", place.conn)
         conn._pool = self
         return conn
@@ -364,9 +369,9 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
 
     def _put_back(self, conn: ConnectionT) -> bool:
         """Give back a connection that is clean, or gone. False: it has to be cleaned first."""
-        if conn._channel.closed:
+        if conn._channel.closed and conn._unit is None:
             self._stats["returns_bad"] += 1
-            self._lose(conn._place)
+            self._retire(conn._place)
         elif (
             conn.pgconn.transaction_status != IDLE
             or conn._listened
@@ -374,6 +379,8 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             or self._reset is not None
             or conn.lock.locked()
             or conn._pipeline is not None
+            or conn._blocks
+            or conn._tpc is not None
         ):
             return False
         else:
@@ -388,19 +395,13 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         finally:
             if conn.closed:
                 self._stats["returns_bad"] += 1
-                self._lose(place)
+                self._retire(place)
             else:
                 self._return(place)
         if held is not None:
             raise held
 
     # Connections that come and go
-
-    def _look_at_error(self, conn: ConnectionT, exc: BaseException) -> None:
-        """After a switchover the old primary refuses to write: let go of all that lead there."""
-        if isinstance(exc, errors.ReadOnlySqlTransaction) and not conn.closed and demoted(conn):
-            logger.warning("the server of %r is read-only now: reconnecting", self.name)
-            self._drain()
 
     async def drain(self) -> None:
         """Replace all connections: those in use when they are given back."""
@@ -441,5 +442,8 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._check_loop()
         self._places.min_size, self._places.max_size = sizes
         if not self._closed:
+            for place in self._places.beyond_max_size():
+                self._retire(place)
             self._connector.grow()
+            self._look_whether_filled()
             self._ring()
