@@ -103,7 +103,7 @@ def test_psycopgs_private_parts_are_known_to_the_connection_only(storey: str, pa
         (psycopg.BaseConnection, "_connect_gen", "(conninfo)"),
         (psycopg.BaseConnection, "_cancel_gen", "(self)"),
         (psycopg.BaseConnection, "_should_cancel", "(self)"),
-        (psycopg.BaseConnection, "_notice_handler", "(wself, res)"),
+        (psycopg.errors, "_info_to_dict", "(info)"),
         (psycopg.BaseConnection, "_notify_handler", "(wself, pgn)"),
         (psycopg.AsyncConnection, "_get_connection_params", "(conninfo, kwargs)"),
         (psycopg.AsyncConnection, "_try_cancel", "(self, timeout)"),

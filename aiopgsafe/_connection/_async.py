@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
 from types import TracebackType
@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo, timeout_from_conninfo
 from psycopg.rows import AsyncRowFactory, Row, tuple_row
 
 from .. import _backends
-from .._backends import Expired
+from .._backends import Expired, Waiter
 from .._backends._lock import Lock
 from .._ending import Section, Unit, commit, rollback, run
 from .._outcome import TransactionState
@@ -29,7 +29,7 @@ from .._shield import Shield
 from .._transaction import Transaction
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
-from ._events import ConnectionEvents
+from ._events import ConnectionEvents, DisconnectHandler
 from ._generators import begin_command
 from ._messages import Told
 from ._pipeline import Pipeline
@@ -95,7 +95,11 @@ class AsyncConnection(ConnectionEvents[Row]):
         self.server_cursor_factory = AsyncServerCursor
         self._told = Told(pgconn, cast("Any", self))
         self._channel = self._backend.channel(pgconn, self._told)
-        self._disconnect_handlers: list[Callable[[psycopg.Error], object]] = []
+        self._disconnect_handlers: list[DisconnectHandler] = []
+        self._waiting_for_loss: list[Waiter] = []
+        self._loss: psycopg.OperationalError | None = None
+        self._keeper: DisconnectHandler | None = None
+        self._handlers_changed = False
         self._write_refused = False
         self._listened = False  # whether it may have listened to a channel
         self._blocks: list[Transaction[Any]] = []
@@ -410,6 +414,7 @@ class AsyncConnection(ConnectionEvents[Row]):
             self._signalled.abandon()
         self._channel.close(psycopg.OperationalError("the connection is closed"))
         self.pgconn.finish()
+        self._wake_who_waits()
 
     async def _settle_at_close(self) -> None:
         unit, self._unit = self._unit, None

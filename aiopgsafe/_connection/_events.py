@@ -5,45 +5,142 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 from psycopg import Notify, errors, generators, pq
 from psycopg.rows import Row
 
+from .._backends import Waiter
 from ._messages import call_handler
 from ._signalled import Cancellable
 
 if TYPE_CHECKING:
-    from psycopg._connection_base import NotifyHandler
+    from psycopg._connection_base import NoticeHandler, NotifyHandler
 
 OK = pq.ConnStatus.OK
 BAD = pq.ConnStatus.BAD
 
 
+DisconnectHandler = Callable[[psycopg.OperationalError], object]
+
+
+class Handlers(NamedTuple):
+    """Whom a connection tells, at some time."""
+
+    notify: tuple[NotifyHandler, ...] = ()
+    notice: tuple[NoticeHandler, ...] = ()
+    disconnect: tuple[DisconnectHandler, ...] = ()
+
+
 class ConnectionEvents(Cancellable[Row]):
     """The part of `AsyncConnection` that tells."""
 
-    _disconnect_handlers: list[Callable[[psycopg.Error], object]]
+    _disconnect_handlers: list[DisconnectHandler]
+    _waiting_for_loss: list[Waiter]
+    _loss: psycopg.OperationalError | None
+    _keeper: DisconnectHandler | None  # the pool's
+    _handlers_changed: bool  # since a pool has looked
     _fatal: psycopg.Error | None
     _listened: bool
     _notifies_listening: deque[Notify] | None
 
+    # Whoever is told while nothing runs, the channel has to watch for (trio pays for it).
+
     def add_notify_handler(self, callback: NotifyHandler) -> None:
-        """Call `callback` with each notification (`Notify`) when it arrives."""
+        """Call `callback` with each notification (`Notify`) when it arrives.
+
+        From the event loop: while the connection is idle, too. `callback` is a plain
+        function and must not block; an exception of its own is logged.
+        """
         self._listened = True
         super().add_notify_handler(callback)
+        self._watch()
+
+    def add_notice_handler(self, callback: NoticeHandler) -> None:
+        """Call `callback` with each notice (`psycopg.errors.Diagnostic`) when it arrives.
+
+        As `add_notify_handler()`. The notice may be kept, unlike psycopg's.
+        """
+        super().add_notice_handler(callback)
+        self._watch()
+
+    def add_disconnect_handler(self, callback: DisconnectHandler) -> None:
+        """Call `callback` with an `OperationalError` when the connection is lost.
+
+        At once, from the event loop, while the connection is idle, too: the server
+        ended the session, the connection was cut, or we gave it up because the server
+        didn't answer in time. Not when the program itself closes it.
+
+        Raises `psycopg.OperationalError` if it is closed or lost already.
+        """
+        self._check_connection_ok()
+        self._disconnect_handlers.append(callback)
+        self._watch()
+
+    def remove_disconnect_handler(self, callback: DisconnectHandler) -> None:
+        """Call `callback` no more. Raises `ValueError` if it is not registered."""
+        self._disconnect_handlers.remove(callback)
+
+    async def wait_disconnected(self) -> psycopg.OperationalError:
+        """Wait until the connection is lost or closed, and return why.
+
+        At once if it is. Other tasks may use the connection meanwhile.
+
+        Raises `ConnectionReleased` if it is given back to its pool meanwhile.
+        """
+        while self._loss is None and not self.closed:
+            waiter = self._backend.waiter()
+            self._waiting_for_loss.append(waiter)
+            self._watch()
+            try:
+                await waiter.wait()
+            finally:
+                if waiter in (waiting := self.__dict__.get("_waiting_for_loss", ())):
+                    waiting.remove(waiter)
+        return self._loss or psycopg.OperationalError("the connection is closed")
+
+    def _watch(self) -> None:
+        self._handlers_changed = True
+        self._channel.watch(True)
+
+    def _handlers(self) -> Handlers:
+        return Handlers(
+            tuple(self._notify_handlers),
+            tuple(self._notice_handlers),
+            tuple(self._disconnect_handlers),
+        )
+
+    def _restore_handlers(self, handlers: Handlers) -> None:
+        """For the next holder: nothing of the last one's, and what `configure` has set."""
+        self._handlers_changed = False
+        self._notify_handlers[:], self._notice_handlers[:], self._disconnect_handlers[:] = handlers
+        self._wake_who_waits()
 
     def _forget_listening(self) -> None:
-        """For its next holder: nothing of the last one's."""
+        """The session listens no more."""
         self._listened = False
-        self._notify_handlers.clear()
         if self._notifies_backlog is not None:
             self._notifies_backlog.clear()
 
     def _on_lost(self, error: psycopg.Error) -> None:
+        """The connection is gone, and not because the program closed it."""
+        if self._loss is not None:
+            return
+        if not isinstance(error, psycopg.OperationalError):
+            cause, error = error, psycopg.OperationalError(str(error))
+            error.__cause__ = cause
+        self._loss = error
+        if self._keeper is not None:
+            self._keeper(error)
+        self._wake_who_waits()
         for handler in tuple(self._disconnect_handlers):
             call_handler(handler, error)
+
+    def _wake_who_waits(self) -> None:
+        waiting, self._waiting_for_loss = self._waiting_for_loss, []
+        for waiter in waiting:
+            waiter.wake()
 
     def _check_connection_ok(self) -> None:
         if self.pgconn.status == OK:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import psycopg
@@ -18,6 +18,7 @@ logger = logging.getLogger("aiopgsafe")
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 BAD = pq.ConnStatus.BAD
+SEVERITY = pq.DiagnosticField.SEVERITY_NONLOCALIZED
 
 
 class Told:
@@ -60,10 +61,13 @@ class Told:
         if conn is None:
             return
         encoding = conn.pgconn._encoding
-        notice = errors.Diagnostic(result, encoding)
-        if notice.severity_nonlocalized in ("FATAL", "PANIC"):
+        if result.error_field(SEVERITY) in (b"FATAL", b"PANIC"):
             conn._fatal = errors.error_from_result(result, encoding=encoding)
-        psycopg.AsyncConnection._notice_handler(cast("Any", self.owner), result)
+        if conn._notice_handlers:
+            # libpq frees the result when we return: psycopg's Diagnostic would be empty then.
+            notice = errors.Diagnostic(errors._info_to_dict(result), encoding)
+            for handler in tuple(conn._notice_handlers):
+                call_handler(handler, notice)
 
     def notify(self, pgnotify: pq.PGnotify) -> None:
         conn = self.owner()

@@ -48,12 +48,17 @@ class StatementStopping(EndingGenerators[Row]):
     _signalled: Any  # a `SignalledCancel`, or None
     _uncancellable: object
 
+    def _on_lost(self, error: psycopg.Error) -> None:
+        raise NotImplementedError
+
     def _drop(self, reason: str) -> None:
         logger.warning("closing %s: %s", self, reason)
-        self._channel.close(psycopg.OperationalError(f"the connection is closed: {reason}"))
+        error = psycopg.OperationalError(f"the connection is closed: {reason}")
+        self._channel.close(error)
         self.pgconn.finish()
         if self._signalled is not None:
             self._signalled.abandon()
+        self._on_lost(error)
 
     async def _stop_statement(self, interruption: BaseException, gen: PQGen[Any]) -> None:
         """Leave nothing of an interrupted statement: on the server, in libpq, in `gen`.

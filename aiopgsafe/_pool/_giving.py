@@ -48,7 +48,7 @@ class Giving(Keeping):
         """An idle connection that lives, if there is one."""
         while (place := self._places.take()) is not None:
             channel = place.conn._channel
-            channel.watch(False)
+            channel.watch(place.watched)
             # One look at the socket: its end may have come since the loop last looked.
             if channel.look():
                 return place

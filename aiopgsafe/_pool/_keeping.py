@@ -76,7 +76,10 @@ class Keeping:
         place = Place(conn, now, now + self.max_lifetime * uniform(0.95, 1.0), now)
         place.born_read_only = is_read_only(conn)
         conn._place = place
-        conn._disconnect_handlers.append(partial(self._on_lost, place))
+        place.handlers = conn._handlers()
+        place.watched = any(place.handlers)
+        conn._keeper = partial(self._on_lost, place)
+        conn._handlers_changed = False
         if self._closed:
             conn._close_now()
         else:
@@ -148,6 +151,8 @@ class Keeping:
             place.conn._write_refused = False
             if self._let_go_of_demoted(place):
                 return
+        if place.conn._handlers_changed:
+            place.conn._restore_handlers(place.handlers)
         place.conn = place.conn._renewed()
         place.idle_since = now
         self._offer(place)

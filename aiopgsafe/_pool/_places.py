@@ -15,6 +15,7 @@ from typing import Any
 
 from .._backends import Waiter
 from .._connection import AsyncConnection
+from .._connection._events import Handlers
 
 __all__ = ["Place", "Places", "Request"]
 
@@ -27,6 +28,10 @@ class Place:
     created_at: float
     expires_at: float
     idle_since: float
+    handlers: Handlers = Handlers()  # noqa: RUF009  # immutable
+    """Those that `configure` has set, whom every holder has."""
+    watched: bool = False
+    """Whether there are any: then its holder's connection is watched, too."""
     born_read_only: bool = False
     """Whether its transactions can't write by default since it was made."""
 
