@@ -5,6 +5,7 @@ from psycopg import IsolationLevel, Notify, Rollback
 from ._connection import AsyncConnection
 from ._database import Database
 from ._errors import CommitRolledBack, CommitUnknown, ConnectionReleased, Draining
+from ._listener import Gap
 from ._outcome import TransactionState
 from ._pool import AsyncConnectionPool
 from ._transaction import Transaction
@@ -17,6 +18,7 @@ __all__ = [
     "ConnectionReleased",
     "Database",
     "Draining",
+    "Gap",
     "IsolationLevel",
     "Notify",
     "Rollback",

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from functools import partial, wraps
 from inspect import iscoroutinefunction
 from signal import SIGTERM
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import IsolationLevel
 from psycopg.rows import TupleRow
+from psycopg_pool import PoolClosed
 
-from ._backends import Background
+from ._blocks import Block, ambient
 from ._connection import AsyncConnection
-from ._draining import Drain
-from ._outcome import TransactionState
+from ._connection._connecting import check_timeout
+from ._draining import Drain, DrainWatch
+from ._listener import Hub, Subscription, check_channel, check_payload
 from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
 from ._pool._options import check_seconds
-from ._signals import Arrival, watching
-from ._transaction import Transaction
+from ._signals import watching
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -33,10 +34,10 @@ __all__ = ["Database"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ACTIVE = TransactionState.ACTIVE
-
 Conn = AsyncConnection[TupleRow]
-Tx = Transaction[TupleRow]
+
+STOP_TIMEOUT = 5.0
+"""Seconds for the listener to end when the database is closed."""
 
 
 class Database:
@@ -51,6 +52,11 @@ class Database:
 
     The parameters of `AsyncConnectionPool`, and those of `AsyncConnection.connect()`
     for its connections. Usable in the event loop that opened it.
+
+    :param listen_conninfo: where `listen()` connects to, if not where the pool does: past
+        a connection pooler in transaction mode, through which no notification comes.
+    :param heartbeat: seconds between two questions of the listener to the server,
+    :param heartbeat_timeout: and seconds for each answer, after which it connects anew.
     """
 
     __module__ = "aiopgsafe"
@@ -73,8 +79,13 @@ class Database:
         reconnect_timeout: float = 5 * 60.0,
         reconnect_failed: Callable[[Any], object] | None = None,
         num_workers: int = 3,
+        listen_conninfo: str | None = None,
+        heartbeat: float = 10.0,
+        heartbeat_timeout: float = 5.0,
         **kwargs: Any,
     ) -> None:
+        check_timeout("heartbeat", heartbeat)
+        check_timeout("heartbeat_timeout", heartbeat_timeout)
         self.pool: AsyncConnectionPool[Conn] = AsyncConnectionPool(
             conninfo,
             connection_class=connection_class,
@@ -94,6 +105,9 @@ class Database:
             reconnect_failed=reconnect_failed,
             num_workers=num_workers,
         )
+        self._listen_conninfo = listen_conninfo
+        self._heartbeat = heartbeat, heartbeat_timeout
+        self._hub: Hub | None = None
         self._drain: Drain | None = None
 
     def __repr__(self) -> str:
@@ -119,7 +133,10 @@ class Database:
 
     async def close(self) -> None:
         """Close it. What still runs may end; its connections are closed when it has."""
-        await self.pool.close()
+        try:
+            await self._stop_listening()
+        finally:
+            await self.pool.close()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -166,7 +183,7 @@ class Database:
                 "read_only": read_only,
                 "deferrable": deferrable,
             }
-        return Block(self, timeout, options)
+        return Block(self.pool, timeout, options)
 
     @overload
     def atomic(
@@ -216,7 +233,7 @@ class Database:
         transaction of its own, in autocommit mode: a cancellation that arrives while it
         runs doesn't say whether it was committed. Use a transaction where that matters.
         """
-        tx = ambient(self)
+        tx = ambient(self.pool)
         if tx is not None:
             return await tx.execute(query, params)
         async with self.connection() as conn:
@@ -225,6 +242,67 @@ class Database:
                 return await conn.execute(cast("Any", query), params)
             finally:
                 conn._autocommit = autocommit
+
+    # What the watchers see
+
+    def listen(self, *channels: str, max_buffer: int = 1000) -> Subscription:
+        """Subscribe to notifications: ``async with db.listen("a", "b") as subscription``.
+
+        Iterate over it (``async for``): it yields `Notify`, and `Gap` where some may have
+        been missed because the connection was lost. All subscribers share one connection
+        beside the pool's; the server has confirmed the LISTEN when the block is entered.
+
+        :param channels: the names, at least one, exactly as NOTIFY gives them.
+        :param max_buffer: notifications that may wait for this subscriber. When there are
+            more it gets those, and then a `psycopg.OperationalError`; others don't notice.
+
+        Raises `ValueError` or `TypeError` for a bad name or `max_buffer`. Entering raises
+        what connecting does; `psycopg.NotSupportedError` where a connection pooler in
+        transaction mode keeps notifications from arriving; `Draining`, `PoolClosed`.
+        """
+        return Subscription(self._find_hub, channels, max_buffer)
+
+    def _find_hub(self) -> Hub:
+        backend = self.pool._check_usable()
+        if self._hub is None:
+            connect = partial(self.pool._connector.connect_to_listen, self._listen_conninfo)
+            self._hub = Hub(connect, backend, self.pool._health, *self._heartbeat)
+        return self._hub
+
+    async def _stop_listening(self) -> None:
+        if self._hub is not None:
+            await self._hub.close(monotonic() + STOP_TIMEOUT)
+
+    async def notify(self, channel: str, payload: str = "") -> None:
+        """Send a notification. In a `transaction()` of the same task it goes with its COMMIT.
+
+        :param payload: less than 8000 bytes (PostgreSQL documentation, NOTIFY).
+
+        Raises `ValueError` or `TypeError` for a bad channel or payload, before anything
+        is sent.
+        """
+        check_channel(channel)
+        check_payload(payload)
+        await self.execute("select pg_notify(%s, %s)", (channel, payload))
+
+    @property
+    def available(self) -> bool:
+        """Whether the database can be reached, as far as its connections' watchers know."""
+        return self.pool._health.available
+
+    async def wait_unavailable(self) -> None:
+        """Wait until it is not `available`; at once if it isn't."""
+        backend = self.pool._own_backend()
+        while self.available:
+            await self.pool._health.change(backend)
+
+    async def wait_available(self) -> None:
+        """Wait until it is `available`; at once if it is. Raises `PoolClosed`."""
+        backend = self.pool._own_backend()
+        while not self.available:
+            if self.pool.closed:
+                raise PoolClosed("the database is closed")
+            await self.pool._health.change(backend)
 
     # An orderly end
 
@@ -250,7 +328,7 @@ class Database:
         check_seconds(grace=grace)
         self.pool._check_loop()
         if self._drain is None:
-            self._drain = Drain(self.pool, grace)
+            self._drain = Drain(self.pool, grace, self._stop_listening)
         else:
             self._drain.shorten(grace)
         await self._drain.wait()
@@ -268,136 +346,4 @@ class Database:
         """
         check_seconds(grace=grace)
         backend = self.pool._check_usable()
-        return watching(signals or (SIGTERM,), backend, DrainWatch(self, grace))
-
-
-class DrainWatch:
-    """Asked when the signal arrives: the first drains, the second cuts the grace short."""
-
-    def __init__(self, db: Database, grace: float) -> None:
-        self._db = db
-        self._grace = grace
-        self._arrivals = 0
-        self._drained = False
-        self._job: Background[None] | None = None
-
-    def __call__(self, arrival: Arrival) -> bool:
-        if self._drained or self._arrivals == 2:
-            return False
-        self._arrivals += 1
-        backend = self._db.pool._own_backend()
-        backend.run_sync_soon(self._begin if self._arrivals == 1 else self._hurry, arrival)
-        return True
-
-    def _begin(self, arrival: Arrival) -> None:
-        backend = self._db.pool._own_backend()
-        self._job = backend.background(partial(self._run, arrival))
-
-    def _hurry(self, arrival: Arrival) -> None:
-        if self._db._drain is not None:
-            self._db._drain.shorten(0)
-        arrival.hit()
-
-    async def _run(self, arrival: Arrival) -> None:
-        try:
-            await self._db.drain(self._grace)
-        finally:
-            # Of several databases the last one passes it on.
-            self._drained = True
-            arrival.go_on()
-
-
-class Frame:
-    """A transaction that a task is in, and the one around it.
-
-    Blocks in generators are left in another order than they were entered, and in other
-    tasks: a frame that was left counts for nothing, wherever it stands.
-    """
-
-    __slots__ = ("around", "db", "left", "task", "tx")
-
-    def __init__(self, db: Database, tx: Tx, around: Frame | None) -> None:
-        self.db = db
-        self.task = db.pool._own_backend().current_task()
-        self.tx = tx
-        self.around = around
-        self.left = False
-
-
-_frame: ContextVar[Frame | None] = ContextVar("aiopgsafe_frame", default=None)
-"""Inherited by child tasks, in which it counts for nothing: see `Frame.task`."""
-
-
-def ambient(db: Database) -> Tx | None:
-    """The running task's innermost transaction on `db`, if it is in one."""
-    frame = _frame.get()
-    if frame is None:
-        return None
-    db.pool._check_loop()
-    task = db.pool._own_backend().current_task()
-    while frame is not None:
-        if frame.db is db and frame.task is task and frame.tx.state is ACTIVE and not frame.left:
-            return frame.tx
-        frame = frame.around
-    return None
-
-
-class Block:
-    """``async with`` it: what `Database.transaction()` returns."""
-
-    __slots__ = ("_db", "_entered", "_frame", "_lease", "_options", "_timeout", "_tx")
-
-    def __init__(self, db: Database, timeout: float | None, options: dict[str, Any]) -> None:
-        self._db = db
-        self._timeout = timeout
-        self._options = options
-        self._entered = False
-        self._lease: Lease[Conn] | None = None
-        self._tx: Tx | None = None
-        self._frame: Frame | None = None
-
-    async def __aenter__(self) -> Tx:
-        if self._entered:
-            raise TypeError("transaction blocks can be used only once")
-        self._entered = True
-        db = self._db
-        outer = ambient(db)
-        if outer is not None:
-            conn = cast("Conn", outer.connection)
-            self._tx = await conn.transaction(**self._options).__aenter__()
-        else:
-            self._lease = lease = db.connection(self._timeout)
-            conn = await lease.__aenter__()
-            try:
-                self._tx = await conn.transaction(**self._options).__aenter__()
-            except BaseException as exc:
-                await lease.__aexit__(type(exc), exc, exc.__traceback__)
-                raise
-        self._frame = Frame(db, self._tx, _frame.get())
-        _frame.set(self._frame)
-        return self._tx
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> bool:
-        assert self._tx is not None
-        assert self._frame is not None
-        # Not `reset()`: a fixture's end may run in another context than its beginning.
-        self._frame.left = True
-        innermost = _frame.get()
-        while innermost is not None and innermost.left:
-            innermost = innermost.around
-        _frame.set(innermost)
-        lease = self._lease
-        try:
-            swallowed = await self._tx.__aexit__(exc_type, exc, tb)
-        except BaseException as error:
-            if lease is not None:
-                await lease.__aexit__(type(error), error, error.__traceback__)
-            raise
-        if lease is not None:
-            await lease.__aexit__(None if swallowed else exc_type, exc, tb)
-        return swallowed
+        return watching(signals or (SIGTERM,), backend, DrainWatch(backend, self.drain, grace))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from ._backends import Backend, Background, Expired, Waiter
 from ._connection import AsyncConnection
 from ._pool import AsyncConnectionPool
-
-logger = logging.getLogger("aiopgsafe")
+from ._signals import Arrival
 
 
 class Drain:
-    """Runs in the background from the beginning to the end, whoever waits for it."""
+    """Runs in the background from the beginning to the end, whoever waits for it.
 
-    def __init__(self, pool: AsyncConnectionPool[Any], grace: float) -> None:
+    :param first: what is to be ended before all else.
+    """
+
+    def __init__(
+        self, pool: AsyncConnectionPool[Any], grace: float, first: Callable[[], Awaitable[None]]
+    ) -> None:
         self._pool = pool
+        self._first = first
         self._backend: Backend = pool._own_backend()
         self._grace_until = monotonic() + grace
         self._in_grace = True
@@ -45,6 +51,7 @@ class Drain:
 
     async def _run(self) -> None:
         try:
+            await self._first()
             if not await self._unused(self._grace_until):
                 self._in_grace = False
                 await self._stop_what_runs()
@@ -94,3 +101,43 @@ class Drain:
 def longest(conns: list[AsyncConnection[Any]], name: str) -> float:
     """The longest of their timeouts, in seconds."""
     return max((getattr(conn, name) for conn in conns), default=0.0)
+
+
+class DrainWatch:
+    """Asked when the signal arrives: the first drains, the second cuts the grace short.
+
+    :param drain: `Database.drain()`.
+    """
+
+    def __init__(
+        self, backend: Backend, drain: Callable[[float], Awaitable[None]], grace: float
+    ) -> None:
+        self._backend = backend
+        self._drain = drain
+        self._grace = grace
+        self._arrivals = 0
+        self._drained = False
+        self._jobs: list[Background[None]] = []
+
+    def __call__(self, arrival: Arrival) -> bool:
+        if self._drained or self._arrivals == 2:
+            return False
+        self._arrivals += 1
+        run = self._first if self._arrivals == 1 else self._second
+        self._backend.run_sync_soon(self._begin, run, arrival)
+        return True
+
+    def _begin(self, run: Callable[[Arrival], Awaitable[None]], arrival: Arrival) -> None:
+        self._jobs.append(self._backend.background(partial(run, arrival)))
+
+    async def _first(self, arrival: Arrival) -> None:
+        try:
+            await self._drain(self._grace)
+        finally:
+            # Of several databases the last one passes it on.
+            self._drained = True
+            arrival.go_on()
+
+    async def _second(self, arrival: Arrival) -> None:
+        arrival.hit()
+        await self._drain(0.0)

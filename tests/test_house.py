@@ -31,8 +31,11 @@ STOREYS = [
     "_transaction",
     "_signals",
     "_connection",
+    "_health",
     "_pool",
+    "_listener",
     "_draining",
+    "_blocks",
     "_database",
 ]
 """From top to bottom: a module may import what stands above it."""

@@ -18,7 +18,7 @@ from psycopg._capabilities import capabilities
 from psycopg._conninfo_utils import gssapi_requested
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo, timeout_from_conninfo
-from psycopg.rows import AsyncRowFactory, Row, tuple_row
+from psycopg.rows import AsyncRowFactory, Row, TupleRow, tuple_row
 
 from .. import _backends
 from .._backends import Expired, Waiter
@@ -275,6 +275,17 @@ class AsyncConnection(ConnectionEvents[Row]):
         self._pipeline = Pipeline(self, locked=True)
         async with self._pipeline as pipeline:
             yield pipeline
+
+    async def _ask(self, query: bytes, timeout: float) -> list[TupleRow]:
+        """Execute a query of ours. `Expired` without an answer in time, and the end."""
+        cur = psycopg.AsyncCursor(self, row_factory=tuple_row)
+        async with self.lock:
+            try:
+                await self._drive(cur._execute_gen(query, prepare=False), timeout)
+            except errors._WaitTimeout:
+                self._drop(f"no answer within {timeout:g} seconds")
+                raise Expired from None
+        return await cur.fetchall() if cur.description else []
 
     # Ending transactions
 

@@ -32,6 +32,7 @@ class Connector:
     begins to connect until the place is in the pool or the job has given up.
 
     :param add: gives a new connection to the pool.
+    :param on_error: called at each attempt that fails.
     :param on_failed: called when connecting has failed for so long; may be async.
     """
 
@@ -45,6 +46,7 @@ class Connector:
         *,
         workers: int,
         reconnect_timeout: float,
+        on_error: Callable[[], object],
         on_failed: Callable[[], object],
     ) -> None:
         self.last_error: BaseException | None = None
@@ -56,6 +58,7 @@ class Connector:
         self._add = add
         self._workers = workers
         self._reconnect_timeout = reconnect_timeout
+        self._on_error = on_error
         self._on_failed = on_failed
         self._backend: Backend | None = None
         self._jobs: dict[object, Background[None]] = {}
@@ -88,6 +91,10 @@ class Connector:
         # Cancelled before they began, they would never say that they have ended.
         self._places.connecting -= len(self._jobs.keys() - self._begun)
         return jobs
+
+    async def connect_to_listen(self, conninfo: str | None) -> AsyncConnection[Any]:
+        """A connection for a listener: see `ConnectOptions`."""
+        return await self._options().connect_to_listen(conninfo)
 
     async def connect(self) -> AsyncConnection[Any]:
         """A new connection, configured. Raises what connecting and `configure` raise."""
@@ -146,6 +153,7 @@ class Connector:
                 raise
             self.last_error = exc
             logger.warning("error connecting in %r: %r", self._name, exc)
+            self._on_error()
             return None
         self._stats()["connections_ms"] += int((monotonic() - started) * 1000)
         self.last_error = self._failing_since = None

@@ -15,6 +15,7 @@ from psycopg import pq
 
 from .._backends import Backend, Expired, Waiter
 from .._connection import AsyncConnection
+from .._health import Health
 from ._cleaning import is_read_only, is_standby
 from ._connecting import Connector
 from ._places import Place, Places
@@ -42,6 +43,7 @@ class Keeping:
     _connector: Connector
     _drained_at: float
     _filling: list[Waiter]
+    _health: Health
     _on_return: Callable[[], object] | None
     _places: Places
     _stats: Counter[str]
@@ -83,15 +85,23 @@ class Keeping:
         if self._closed:
             conn._close_now()
         else:
+            self._health.up()
             self._offer(place)
 
     def _on_lost(self, place: Place, error: psycopg.Error) -> None:
         """A watcher has seen its end. One in use keeps its place until it is given back."""
+        self._look_at_health()
         if place in self._places.used:
             self._given_back()  # who waits until nothing is in use looks again
         else:
             logger.info("discarding lost connection: %s", error)
             self._lose(place)
+
+    def _look_at_health(self) -> None:
+        """A connection is lost, or couldn't be made: does any other one live?"""
+        places = self._places
+        if not any(not p.conn.closed for some in (places.idle, places.used) for p in some):
+            self._health.down()
 
     def _lose(self, place: Place) -> None:
         self._stats["connections_lost"] += 1

@@ -9,6 +9,7 @@ from inspect import isawaitable
 from typing import Any, TypeAlias
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 from .._connection import AsyncConnection
 from .._connection._released import prepare
@@ -41,8 +42,11 @@ def check_seconds(**values: float) -> None:
             raise ValueError(f"{name} cannot be negative: {value}")
 
 
-def check_class(connection_class: type[Any]) -> None:
-    """The pool needs what our connection promises: that it can be cleaned, and watched."""
+def check_options(connection_class: type[Any], num_workers: int, **seconds: float) -> None:
+    """Whether they are possible, and the class one of ours: we must clean it, and watch it."""
+    check_seconds(**seconds)
+    if num_workers < 1:
+        raise ValueError("num_workers must be at least 1")
     if not issubclass(connection_class, AsyncConnection):
         raise TypeError(
             "connection_class must be aiopgsafe.AsyncConnection or a subclass of it,"
@@ -62,6 +66,18 @@ def warn_of_constructor(name: str, stacklevel: int) -> None:
     )
 
 
+KEEPALIVE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+"""libpq's parameters, in seconds but the last one (ms), for a connection that only waits."""
+
+LIBPQ = frozenset(option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults())
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
     """How to connect."""
@@ -76,6 +92,17 @@ class ConnectOptions:
         kwargs = dict(await _given(self.kwargs) or {})
         conninfo = await _given(self.conninfo)
         return await self.connection_class.connect(conninfo or "", **kwargs)
+
+    async def connect_to_listen(self, conninfo: str | None) -> AsyncConnection[Any]:
+        """A connection of a listener's own, which finds out by itself that it is dead.
+
+        :param conninfo: instead of the pool's.
+        """
+        kwargs = dict(await _given(self.kwargs) or {})
+        conninfo = (await _given(self.conninfo) or "") if conninfo is None else conninfo
+        given = conninfo_to_dict(conninfo, **{k: v for k, v in kwargs.items() if k in LIBPQ})
+        kwargs |= {name: value for name, value in KEEPALIVE.items() if name not in given}
+        return await self.connection_class.connect(conninfo, **{**kwargs, "autocommit": True})
 
     async def configured(self, conn: AsyncConnection[Any]) -> None:
         if self.configure is None:

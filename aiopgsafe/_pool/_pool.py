@@ -20,19 +20,13 @@ from .._backends import Backend, Background, Expired, Waiter
 from .._calls import running_call
 from .._connection import AsyncConnection
 from .._errors import Draining
+from .._health import Health
 from ._cleaning import clean
 from ._connecting import Connector
 from ._giving import Deadline, Giving
 from ._lease import Lease
-from ._options import (
-    Callback,
-    ConnectOptions,
-    Given,
-    check_class,
-    check_seconds,
-    check_sizes,
-    warn_of_constructor,
-)
+from ._options import Callback, ConnectOptions, Given, check_options, check_sizes
+from ._options import warn_of_constructor as warn
 from ._places import Place, Places
 
 __all__ = ["AsyncConnectionPool"]
@@ -85,15 +79,13 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         reconnect_failed: Any = None,
         num_workers: int = 3,
     ) -> None:
-        check_class(connection_class)
-        check_seconds(
+        check_options(
+            *(connection_class, num_workers),
             timeout=timeout,
             max_lifetime=max_lifetime,
             max_idle=max_idle,
             reconnect_timeout=reconnect_timeout,
         )
-        if num_workers < 1:
-            raise ValueError("num_workers must be at least 1")
         self._places = Places(*check_sizes(min_size, max_size))
         self.name = name or f"pool-{next(_numbers)}"
         self.conninfo = conninfo
@@ -109,6 +101,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._check = check
         self._reset = reset
         self._stats: Counter[str] = Counter()
+        self._health = Health()
         self._connector = Connector(
             self.name,
             lambda: ConnectOptions(self.connection_class, self.conninfo, self.kwargs, configure),
@@ -117,6 +110,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             self._add,
             workers=num_workers,
             reconnect_timeout=reconnect_timeout,
+            on_error=self._look_at_health,
             on_failed=partial(reconnect_failed, self) if reconnect_failed else lambda: None,
         )
         self._backend: Backend | None = None
@@ -130,7 +124,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._maintenance: Background[None] | None = None
         self._bell: Waiter | None = None
         if open:
-            warn_of_constructor(type(self).__name__, stacklevel=3)
+            warn(type(self).__name__, stacklevel=3)
         if open or (open is None and _backends.running()):
             self._open()
 
@@ -235,6 +229,8 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             return
         self._check_loop()
         self._closed = True
+        self._health.down()
+        self._health.wake_all()
         self._places.fail_all(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
         for place in tuple(self._places.idle):
             self._retire(place)
@@ -283,7 +279,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             return self._check_usable()
         if self._open_implicitly:
             self._open_implicitly = False
-            warn_of_constructor(type(self).__name__, stacklevel=4)
+            warn(type(self).__name__, stacklevel=4)
         if not backend.is_current():
             self._check_loop()
         return backend

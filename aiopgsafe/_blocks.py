@@ -1,0 +1,123 @@
+"""Transactions of a database: a block inside another one of the same task is a savepoint."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, cast
+
+from psycopg.rows import TupleRow
+
+from ._connection import AsyncConnection
+from ._outcome import TransactionState
+from ._pool import AsyncConnectionPool
+from ._pool._lease import Lease
+from ._transaction import Transaction
+
+__all__ = ["Block", "ambient"]
+
+ACTIVE = TransactionState.ACTIVE
+
+Conn = AsyncConnection[TupleRow]
+Tx = Transaction[TupleRow]
+Pool = AsyncConnectionPool[Conn]
+
+
+class Frame:
+    """A transaction that a task is in, and the one around it.
+
+    Blocks in generators are left in another order than they were entered, and in other
+    tasks: a frame that was left counts for nothing, wherever it stands.
+    """
+
+    __slots__ = ("around", "left", "pool", "task", "tx")
+
+    def __init__(self, pool: Pool, tx: Tx, around: Frame | None) -> None:
+        self.pool = pool
+        self.task = pool._own_backend().current_task()
+        self.tx = tx
+        self.around = around
+        self.left = False
+
+
+_frame: ContextVar[Frame | None] = ContextVar("aiopgsafe_frame", default=None)
+"""Inherited by child tasks, in which it counts for nothing: see `Frame.task`."""
+
+
+def ambient(pool: Pool) -> Tx | None:
+    """The running task's innermost transaction on `pool`, if it is in one."""
+    frame = _frame.get()
+    if frame is None:
+        return None
+    pool._check_loop()
+    task = pool._own_backend().current_task()
+    while frame is not None:
+        if (
+            frame.pool is pool
+            and frame.task is task
+            and frame.tx.state is ACTIVE
+            and not frame.left
+        ):
+            return frame.tx
+        frame = frame.around
+    return None
+
+
+class Block:
+    """``async with`` it: what `Database.transaction()` returns."""
+
+    __slots__ = ("_entered", "_frame", "_lease", "_options", "_pool", "_timeout", "_tx")
+
+    def __init__(self, pool: Pool, timeout: float | None, options: dict[str, Any]) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._options = options
+        self._entered = False
+        self._lease: Lease[Conn] | None = None
+        self._tx: Tx | None = None
+        self._frame: Frame | None = None
+
+    async def __aenter__(self) -> Tx:
+        if self._entered:
+            raise TypeError("transaction blocks can be used only once")
+        self._entered = True
+        outer = ambient(self._pool)
+        if outer is not None:
+            conn = cast("Conn", outer.connection)
+            self._tx = await conn.transaction(**self._options).__aenter__()
+        else:
+            self._lease = lease = self._pool.connection(self._timeout)
+            conn = await lease.__aenter__()
+            try:
+                self._tx = await conn.transaction(**self._options).__aenter__()
+            except BaseException as exc:
+                await lease.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        self._frame = Frame(self._pool, self._tx, _frame.get())
+        _frame.set(self._frame)
+        return self._tx
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool:
+        assert self._tx is not None
+        assert self._frame is not None
+        # Not `reset()`: a fixture's end may run in another context than its beginning.
+        self._frame.left = True
+        innermost = _frame.get()
+        while innermost is not None and innermost.left:
+            innermost = innermost.around
+        _frame.set(innermost)
+        lease = self._lease
+        try:
+            swallowed = await self._tx.__aexit__(exc_type, exc, tb)
+        except BaseException as error:
+            if lease is not None:
+                await lease.__aexit__(type(error), error, error.__traceback__)
+            raise
+        if lease is not None:
+            await lease.__aexit__(None if swallowed else exc_type, exc, tb)
+        return swallowed
