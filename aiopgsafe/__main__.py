@@ -13,7 +13,7 @@ def main() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         sys.exit(
             f"aiopgsafe: the command line needs {' and '.join(missing)}:"
-            " pip install 'aiopgsafe[demo]'"
+            " pip install 'aiopgsafe[cli]'"
         )
     from .cli import app
 

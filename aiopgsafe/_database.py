@@ -266,7 +266,8 @@ class Database:
         backend = self.pool._check_usable()
         if self._hub is None:
             connect = partial(self.pool._connector.connect_to_listen, self._listen_conninfo)
-            self._hub = Hub(connect, backend, self.pool._health, *self._heartbeat)
+            pool = self.pool
+            self._hub = Hub(connect, backend, pool._health, pool._look_at_health, *self._heartbeat)
         return self._hub
 
     async def _stop_listening(self) -> None:

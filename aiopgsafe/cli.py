@@ -1,4 +1,4 @@
-"""The command line: commands and their options, no more. Needs the extra `demo`."""
+"""The command line: commands and their options, no more. Needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Loop(StrEnum):
     trio = "trio"
 
 
+Dsn = Annotated[str, typer.Argument(help="A connection string or URL; '' for libpq's defaults.")]
+LoopOption = Annotated[Loop, typer.Option(help="The event loop to run on.")]
+
+
 def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -40,7 +44,7 @@ def aiopgsafe(
 
 @app.command()
 def demo(
-    loop: Annotated[Loop, typer.Option(help="The event loop to run on.")] = Loop.asyncio,
+    loop: LoopOption = Loop.asyncio,
     seconds: Annotated[
         float, typer.Option(min=0.1, max=3600.0, help="For how long each side moves money.")
     ] = 12.0,
@@ -73,3 +77,32 @@ def demo(
 
     options = Options(loop=loop.value, seconds=seconds, seed=seed, clients=clients, dsn=dsn)
     raise typer.Exit(main(options, json))
+
+
+@app.command()
+def listen(
+    dsn: Dsn,
+    channels: Annotated[list[str], typer.Argument(metavar="CHANNEL...", help="One or more.")],
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
+    loop: LoopOption = Loop.asyncio,
+) -> None:
+    """Print notifications as they come, and gaps where some may have been missed.
+
+    A lost connection is made again, as often as it takes. Ctrl-C ends it.
+
+    Exit status: 0 after Ctrl-C, 2 if it could not listen.
+    """
+    from ._tools import listen
+
+    raise typer.Exit(listen(dsn, channels, json, loop.value))
+
+
+@app.command()
+def doctor(dsn: Dsn, loop: LoopOption = Loop.asyncio) -> None:
+    """Connect, and show what matters for the promises, with advice.
+
+    Exit status: 0, 1 if a promise can't be kept there, 2 if it could not connect.
+    """
+    from ._tools import doctor
+
+    raise typer.Exit(doctor(dsn, loop.value))

@@ -149,7 +149,7 @@ def test_what_cannot_be_done_is_said_at_once(options: list[str], complaint: str)
 
 def test_without_typer_or_rich_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(__main__, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"typer and rich: pip install 'aiopgsafe\[demo\]'"):
+    with pytest.raises(SystemExit, match=r"typer and rich: pip install 'aiopgsafe\[cli\]'"):
         __main__.main()
 
 

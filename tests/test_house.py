@@ -40,7 +40,7 @@ STOREYS = [
 ]
 """From top to bottom: a module may import what stands above it."""
 
-PUBLIC_ONLY = ["testing", "_demo", "cli", "__main__"]
+PUBLIC_ONLY = ["testing", "_demo", "_tools", "cli", "__main__"]
 """These see what users see."""
 
 
@@ -74,9 +74,14 @@ def test_imports_go_one_way(storey: str, path: Path) -> None:
             assert parts[1] in above, f"{path.name} imports {name} from below"
         else:
             assert storey in PUBLIC_ONLY
-            assert parts[1] in {*aiopgsafe.__all__, storey, "testing", "_demo", "__version__"} or (
-                storey == "__main__" and parts[1] == "cli"
-            ), f"{path.name} imports {name}"
+            assert parts[1] in {
+                *aiopgsafe.__all__,
+                storey,
+                "testing",
+                "_demo",
+                "_tools",
+                "__version__",
+            } or (storey == "__main__" and parts[1] == "cli"), f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize(("storey", "path"), list(modules()), ids=lambda value: Path(value).name)

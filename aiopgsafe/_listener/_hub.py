@@ -48,16 +48,24 @@ class Hub:
     has confirmed that we listen again, or by the first notification if that is earlier.
 
     :param connect: makes a connection, in autocommit mode.
+    :param on_error: called when the connection is lost, or can't be made.
     :param heartbeat: seconds between two questions.
     :param timeout: seconds for each answer.
     """
 
     def __init__(
-        self, connect: Connect, backend: Backend, health: Health, heartbeat: float, timeout: float
+        self,
+        connect: Connect,
+        backend: Backend,
+        health: Health,
+        on_error: Callable[[], object],
+        heartbeat: float,
+        timeout: float,
     ) -> None:
         self.backend = backend
         self._connect = connect
         self._health = health
+        self._on_error = on_error
         self._heartbeat = heartbeat
         self._timeout = timeout
         self._subscribers: dict[str, list[Subscription]] = {}
@@ -184,6 +192,7 @@ class Hub:
                     continue
                 except psycopg.Error as exc:
                     logger.warning("the listener has no connection: %s", exc)
+                    self._on_error()
                     self._fail_newcomers(exc)
                 if self._subscribers:
                     await self._wait(monotonic() + self._delay * uniform(0.0, 1.0))
