@@ -19,10 +19,11 @@ from contextlib import AsyncExitStack
 import asyncpg
 import psycopg
 import psycopg_pool
+import trio
 import uvloop
 
 from aiopgsafe.testing import TemporaryServer
-from benchmarks import connections, pools
+from benchmarks import connections, notifying, pools
 from benchmarks.turns import TURN, measure, print_row
 
 
@@ -39,6 +40,11 @@ async def report(loop: str, dsn: str, turns: int) -> None:
         costs, waits = await pools.contention(clients, max(1, turns // 20))
         print_row(loop, f"{pools.TASKS:,} tasks on {pools.SIZE}", costs)
         print_row(loop, "  p99 of their waits", waits, "ms")
+    await report_notifying(loop, dsn, turns)
+
+
+async def report_notifying(loop: str, dsn: str, turns: int) -> None:
+    print_row(loop, "NOTIFY to handler", await notifying.latencies(dsn, turns))
 
 
 def pin(server: TemporaryServer) -> None:
@@ -66,6 +72,7 @@ def main() -> None:
         dsn = server.socket_dsn if options.unix else server.dsn
         for loop, run in (("asyncio", asyncio.run), ("uvloop", uvloop.run)):
             run(report(loop, dsn, options.turns))
+        trio.run(report_notifying, "trio", dsn, options.turns)
 
 
 main()
