@@ -4,10 +4,17 @@ from psycopg import IsolationLevel, Notify, Rollback
 
 from ._connection import AsyncConnection
 from ._database import Database
-from ._errors import CommitRolledBack, CommitUnknown, ConnectionReleased, Draining
+from ._errors import (
+    CommitRolledBack,
+    CommitUnknown,
+    ConnectionReleased,
+    Draining,
+    safe_to_retry,
+)
 from ._listener import Gap
 from ._outcome import TransactionState
 from ._pool import AsyncConnectionPool
+from ._retry import Retry
 from ._transaction import Transaction
 
 __all__ = [
@@ -21,9 +28,11 @@ __all__ = [
     "Gap",
     "IsolationLevel",
     "Notify",
+    "Retry",
     "Rollback",
     "Transaction",
     "TransactionState",
+    "safe_to_retry",
 ]
 
 __version__ = "0.1.0"

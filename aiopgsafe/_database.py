@@ -24,6 +24,7 @@ from ._listener import Hub, Subscription, check_channel, check_payload
 from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
 from ._pool._options import check_seconds
+from ._retry import Retry, retrying
 from ._signals import watching
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ class Database:
         read_only: bool | None = None,
         deferrable: bool | None = None,
         timeout: float | None = None,
+        retry: Retry | None = None,
     ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]: ...
 
     def atomic(self, fn: Any = None, /, **options: Any) -> Any:
@@ -206,23 +208,40 @@ class Database:
         ``@db.atomic`` or ``@db.atomic(isolation_level=...)``. What it calls through the
         database (`execute()`, `transaction()`, other atomic functions) belongs to it.
 
+        :param retry: run it again, in a fresh transaction, after serialization failures,
+            deadlocks and lost connections: see `Retry`. Not within another transaction,
+            of which it is a part then: only the outermost can be run again.
+
         Raises `TypeError` for what is no async function.
         """
-        if fn is None:
-            return partial(self._atomic, **options)
-        return self._atomic(fn)
+        retry = options.pop("retry", None)
+        if retry is not None and not isinstance(retry, Retry):
+            raise TypeError(f"retry is a Retry, not {type(retry).__name__}")
+        self.transaction(**options)  # what is wrong with them is wrong now
+        decorate = partial(self._atomic, retry=retry, **options)
+        return decorate if fn is None else decorate(fn)
 
-    def _atomic(self, fn: Callable[..., Any], **options: Any) -> Any:
+    def _atomic(self, fn: Callable[..., Any], retry: Retry | None, **options: Any) -> Any:
         if not iscoroutinefunction(fn):
             raise TypeError(f"atomic() takes an async function, not {fn!r}")
-        self.transaction(**options)  # what is wrong with them is wrong now
 
         @wraps(fn)
         async def in_transaction(*args: Any, **kwargs: Any) -> Any:
             async with self.transaction(**options):
                 return await fn(*args, **kwargs)
 
-        return in_transaction
+        if retry is None:
+            return in_transaction
+
+        @wraps(fn)
+        async def again_and_again(*args: Any, **kwargs: Any) -> Any:
+            backend = self.pool._check_usable()
+            attempt = partial(in_transaction, *args, **kwargs)
+            if ambient(self.pool) is not None:
+                return await attempt()
+            return await retrying(retry, backend, fn.__qualname__, attempt)
+
+        return again_and_again
 
     async def execute(
         self, query: Query, params: Params | None = None

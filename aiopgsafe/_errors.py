@@ -24,7 +24,14 @@ from __future__ import annotations
 import psycopg
 from psycopg import errors
 
-__all__ = ["CommitRolledBack", "CommitUnknown", "ConnectionReleased", "Draining"]
+__all__ = [
+    "CommitRolledBack",
+    "CommitUnknown",
+    "ConnectionReleased",
+    "Draining",
+    "mark_not_committed",
+    "safe_to_retry",
+]
 
 
 class CommitUnknown(errors.TransactionResolutionUnknown):
@@ -72,3 +79,29 @@ class Draining(psycopg.OperationalError):
     """
 
     __module__ = "aiopgsafe"
+
+
+_NOT_COMMITTED = "_aiopgsafe_not_committed"
+
+
+def mark_not_committed(exc: BaseException) -> None:
+    """Note on a lost connection's error that it ended a transaction whose COMMIT was never sent."""
+    setattr(exc, _NOT_COMMITTED, True)
+
+
+def safe_to_retry(exc: BaseException) -> bool:
+    """Whether the transaction that `exc` ended may be run again, as a whole.
+
+    It is known not to be committed, and never will be, and running it again may succeed:
+    a serialization failure (SQLSTATE 40001), a deadlock (40P01; PostgreSQL documentation,
+    "Serialization Failure Handling"), or a connection that was lost before COMMIT was sent.
+
+    False for `CommitUnknown`, for other errors, and for a lost connection of which it
+    isn't known what the server has done: of a single statement in autocommit mode.
+    """
+    if isinstance(exc, (errors.SerializationFailure, errors.DeadlockDetected)):
+        return True
+    return getattr(exc, _NOT_COMMITTED, False) is True and not isinstance(exc, CommitUnknown)
+
+
+safe_to_retry.__module__ = "aiopgsafe"

@@ -14,6 +14,7 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 
 from ._backends import Expired
 from ._ending import Callback, Section, Session, Unit, commit, no_answer, roll_back, run
+from ._errors import mark_not_committed
 from ._outcome import TransactionState
 from ._shield import Shield
 
@@ -220,6 +221,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 self._end_as(ROLLED_BACK, self.Status.FAILED)
                 if isinstance(exc, Expired):
                     exc = no_answer("BEGIN", session.commit_timeout)
+                self._mark(exc)
                 if shield.held is not None and shield.held is not exc:
                     raise shield.held from exc
                 raise exc from None
@@ -267,6 +269,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         if exc is not None or (self.force_rollback and not self.pgconn.pipeline_status):
             swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
             await self._roll_back(exc, going_through=None if swallowed else exc)
+            self._mark(exc)
             return swallowed
         session, unit = self._session, self._unit
         try:
@@ -339,6 +342,15 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             )
             section.outcome = self.state.value
             section.callbacks = unit.take(self if self._is_savepoint else None)
+
+    def _mark(self, exc: BaseException | None) -> None:
+        """COMMIT was never sent: who sees the loss of the connection may begin anew."""
+        if (
+            isinstance(exc, psycopg.OperationalError)
+            and self._session.closed
+            and self._unit.state is ROLLED_BACK
+        ):
+            mark_not_committed(exc)
 
     def _undo(self) -> list[bytes]:
         if self._is_savepoint:

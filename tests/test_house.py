@@ -31,6 +31,7 @@ STOREYS = [
     "_transaction",
     "_signals",
     "_connection",
+    "_retry",
     "_health",
     "_pool",
     "_listener",
