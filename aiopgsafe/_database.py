@@ -218,7 +218,7 @@ class Database:
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"retry is a Retry, not {type(retry).__name__}")
         self.transaction(**options)  # what is wrong with them is wrong now
-        decorate = partial(self._atomic, retry=retry, **options)
+        decorate: Callable[[Any], Any] = partial(self._atomic, retry=retry, **options)
         return decorate if fn is None else decorate(fn)
 
     def _atomic(self, fn: Callable[..., Any], retry: Retry | None, **options: Any) -> Any:
