@@ -27,6 +27,7 @@ STOREYS = [
     "_shield",
     "_backends",
     "_outcome",
+    "_resolver",
     "_ending",
     "_transaction",
     "_signals",

@@ -1,0 +1,163 @@
+"""What became of a COMMIT whose answer was lost: ask the server, never guess.
+
+`pg_xact_status(xid)` alone lies. A transaction's number whose WAL was not flushed before
+a crash, or had not reached the standby before a promotion, is handed out again: the
+status is then another transaction's. So a `Ticket` also holds the server's `History`
+and the WAL position when the number was read, and `judge()` believes the status only
+where both rule that out:
+
+    in recovery, another system, status unknown (too old)     can't be known
+    aborted                                                   rolled back
+    the same history: committed                               committed
+                      in progress                             ask again
+    another history:  in progress, or a number of the future  rolled back: the number was lost
+                      more than one promotion lies between    can't be known
+                      recovery stopped before our position    rolled back: another's commit
+                      else                                    committed
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ._outcome import TransactionState
+
+__all__ = ["ASK", "HISTORY", "POSITION", "STATUS", "Answer", "History", "Ticket", "judge"]
+
+COMMITTED, ROLLED_BACK, UNKNOWN = (
+    TransactionState.COMMITTED,
+    TransactionState.ROLLED_BACK,
+    TransactionState.UNKNOWN,
+)
+
+HISTORY = """
+    select (select system_identifier::text from pg_control_system()),
+        substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
+        (select stats_reset::text from pg_stat_bgwriter),
+        (select backend_start::text from pg_stat_activity where pid = pg_backend_pid())
+"""
+"""The server's history, and this session's beginning. Any role may ask; not in recovery.
+
+``stats_reset`` is renewed by every crash recovery and survives clean restarts.
+"""
+
+POSITION = "select pg_current_xact_id_if_assigned()::text, pg_current_wal_insert_lsn()::text"
+"""Behind a statement that writes: the transaction's number, and where its WAL ends."""
+
+ASK = """
+    select case when recovering then null else
+            (select system_identifier::text from pg_control_system()) end,
+        case when recovering then null else
+            substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
+        (select stats_reset::text from pg_stat_bgwriter),
+        pg_last_wal_replay_lsn()::text,
+        (select state from pg_stat_activity
+            where pid = %(pid)s and backend_start::text = %(backend_start)s)
+    from pg_is_in_recovery() recovering
+"""
+"""What the server is now, and what the session does whose COMMIT it was."""
+
+STATUS = "select pg_xact_status(%(xid)s::text::xid8)"
+"""Raises `InvalidParameterValue` for a number that hasn't been given out yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Which life of which server: numbers of another one may mean something else.
+
+    :ivar system: the database system identifier.
+    :ivar timeline: hexadecimal, as in the names of WAL files.
+    :ivar recovered: when the last crash recovery ended.
+    """
+
+    system: str
+    timeline: str
+    recovered: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What it takes to ask for a transaction's outcome, later and from elsewhere.
+
+    :ivar xid: the transaction's number (`xid8`: it doesn't wrap around).
+    :ivar lsn: where the WAL ended when the number was read.
+    :ivar history: of the server.
+    :ivar pid: of the session's server process.
+    :ivar backend_start: when that began: process numbers are used again.
+    """
+
+    xid: int
+    lsn: str
+    history: History
+    pid: int
+    backend_start: str
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Ticket:
+        """The ticket that was written with `str()`. Raises `ValueError` for anything else."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            ticket = cls(**{**fields, "history": History(**fields["history"])})
+            position(ticket.lsn)
+            ints = isinstance(ticket.xid, int) and isinstance(ticket.pid, int)
+        except (TypeError, KeyError, AttributeError, ValueError) as exc:
+            raise ValueError(f"this is no ticket of a transaction: {text!r}") from exc
+        if not ints:
+            raise ValueError(f"this is no ticket of a transaction: {text!r}")
+        return ticket
+
+
+class Answer(NamedTuple):
+    """The row that `ASK` gives, and the status.
+
+    :ivar system: None in recovery.
+    :ivar session: its state, None if it has ended.
+    :ivar status: None if it is too old to be known.
+    :ivar given_out: whether there is such a transaction at all.
+    """
+
+    system: str | None
+    timeline: str | None
+    recovered: str | None
+    replayed: str | None
+    session: str | None
+    status: str | None = None
+    given_out: bool = True
+
+    @property
+    def in_recovery(self) -> bool:
+        return self.system is None
+
+
+def judge(ticket: Ticket, answer: Answer) -> TransactionState | None:
+    """The outcome; None: not decided yet, ask again."""
+    history = ticket.history
+    if answer.in_recovery:
+        return None
+    if answer.system != history.system:
+        return UNKNOWN
+    if answer.status == "aborted":
+        return ROLLED_BACK
+    same = History(answer.system, answer.timeline or "", answer.recovered or "") == history
+    if same:
+        return {"committed": COMMITTED, "in progress": None}.get(answer.status or "", UNKNOWN)
+    if answer.status == "in progress" or not answer.given_out:
+        return ROLLED_BACK
+    if answer.status != "committed" or answer.replayed is None:
+        return UNKNOWN
+    if int(answer.timeline or "0", 16) > int(history.timeline, 16) + 1:
+        return UNKNOWN
+    if position(answer.replayed) < position(ticket.lsn):
+        return ROLLED_BACK
+    return COMMITTED
+
+
+def position(lsn: str) -> int:
+    """A WAL position as a number of bytes."""
+    high, _, low = lsn.partition("/")
+    return int(high, 16) << 32 | int(low, 16)
