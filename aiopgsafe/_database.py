@@ -285,8 +285,10 @@ class Database:
         backend = self.pool._check_usable()
         if self._hub is None:
             connect = partial(self.pool._connector.connect_to_listen, self._listen_conninfo)
-            pool = self.pool
-            self._hub = Hub(connect, backend, pool._health, pool._look_at_health, *self._heartbeat)
+            health = self.pool._health
+            # What is silent on another way says nothing about the pool's.
+            on_silence = health.down if self._listen_conninfo is None else health.look
+            self._hub = Hub(connect, backend, health, on_silence, *self._heartbeat)
         return self._hub
 
     async def _stop_listening(self) -> None:
@@ -313,16 +315,23 @@ class Database:
     async def wait_unavailable(self) -> None:
         """Wait until it is not `available`; at once if it isn't."""
         backend = self.pool._own_backend()
+        self.pool._check_loop()
         while self.available:
             await self.pool._health.change(backend)
 
     async def wait_available(self) -> None:
         """Wait until it is `available`; at once if it is. Raises `PoolClosed`."""
-        backend = self.pool._own_backend()
-        while not self.available:
-            if self.pool.closed:
-                raise PoolClosed("the database is closed")
-            await self.pool._health.change(backend)
+        pool, backend = self.pool, self.pool._own_backend()
+        pool._check_loop()
+        pool._places.probing += 1
+        try:
+            while not self.available:
+                if pool.closed:
+                    raise PoolClosed("the database is closed")
+                pool._connector.grow()
+                await pool._health.change(backend)
+        finally:
+            pool._places.probing -= 1
 
     # An orderly end
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ._backends import Backend, Waiter
 
 __all__ = ["Health"]
@@ -16,7 +18,24 @@ class Health:
 
     def __init__(self) -> None:
         self.available = False
+        self._alive: list[Callable[[], bool]] = []
+        self._looking = False
         self._waiting: list[Waiter] = []
+
+    def add(self, alive: Callable[[], bool]) -> None:
+        """Somebody who has connections, and knows whether one of them lives."""
+        self._alive.append(alive)
+
+    def look(self) -> None:
+        """A connection is lost, or couldn't be made: does any other one live?"""
+        if self._looking:
+            return  # one more was found lost by looking
+        self._looking = True
+        try:
+            if not any(alive() for alive in self._alive):
+                self.down()
+        finally:
+            self._looking = False
 
     def up(self) -> None:
         self._set(True)

@@ -26,7 +26,7 @@ LOOPS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the long runs: minutes, not seconds")
-    parser.addoption("--one-server", action="store_true", help="on the newest PostgreSQL only")
+    parser.addoption("--one-server", choices=("newest", "oldest"), help="on this PostgreSQL only")
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def pgbouncer(dsn: str) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--one-server"):
-        others = set(BINDIRS[1:])
+    if which := config.getoption("--one-server"):
+        others = set(BINDIRS[1:] if which == "newest" else BINDIRS[:-1])
         callspecs = [getattr(item, "callspec", None) for item in items]
         wanted = [spec is None or spec.params.get("server") not in others for spec in callspecs]
         config.hook.pytest_deselected(

@@ -114,6 +114,7 @@ async def test_a_slow_subscriber_is_told_so_and_the_others_notice_nothing(db: Da
     async with db.listen("a", max_buffer=5) as slow, db.listen("a", max_buffer=50) as other:
         await db.execute("select pg_notify('a', i::text) from generate_series(1, 20) i")
         assert await payloads(other, 20) == [str(i) for i in range(1, 21)]
+        await until(lambda: slow.error)
         assert await payloads(slow, 5) == ["1", "2", "3", "4", "5"]
         with pytest.raises(psycopg.OperationalError, match="too slow: 5 notifications wait"):
             await anext(slow)

@@ -21,12 +21,17 @@ COMMAND = [sys.executable, "-m", "aiopgsafe"]
 @contextmanager
 def listening(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command, once it listens."""
-    process = subprocess.Popen(
-        [*COMMAND, "listen", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Where the tests themselves run in the background, a shell has SIGINT ignored.
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, "listen", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
     try:
         assert process.stderr is not None
         assert "Ctrl-C ends it" in process.stderr.readline()

@@ -58,6 +58,12 @@ class OtherLoop(InterfaceError):
 class Told(Protocol):
     """What a channel tells of what happens on its connection, from the loop's callbacks."""
 
+    listening: bool
+    """Whether notifications may come."""
+
+    def drain(self, pgconn: PGconn) -> None:
+        """Take what libpq has read behind a result: nothing more makes the socket readable."""
+
     def idle_input(self, pgconn: PGconn) -> bool:
         """Something has arrived while nothing runs.
 
@@ -65,8 +71,11 @@ class Told(Protocol):
         statement in progress (a `stream()` between two rows), which will ask.
         """
 
-    def lost(self) -> None:
-        """The connection is lost, and the channel closed. Called once."""
+    def lost(self, error: BaseException | None) -> None:
+        """The connection is lost, and the channel closed. Called once.
+
+        :param error: that showed it, if one did.
+        """
 
 
 class Channel(Job[Any], Protocol):

@@ -207,9 +207,9 @@ class Channel:
                         self._loop.remove_writer(self._fd)
             self._reading = self._writing = False
 
-    def _lost(self) -> None:
+    def _lost(self, error: BaseException | None) -> None:
         self._leave()
-        self._told.lost()
+        self._told.lost(error)
 
     # In the loop's callbacks
 
@@ -228,8 +228,10 @@ class Channel:
 
     def _on_unasked(self) -> None:
         while self._told.idle_input(self._pgconn):
+            if self.closed:  # by a handler
+                return
             if self._pgconn.status == CONNECTION_BAD:
-                self._lost()
+                self._lost(None)
                 return
             if not self._readiness.failed():
                 return
@@ -276,9 +278,12 @@ class Channel:
             if self._pgconn.status == CONNECTION_BAD:
                 # libpq has just closed the socket: out of the loop before anything
                 # else runs that may get a descriptor of the same number.
-                self._lost()
-            elif not self._reading:
-                self._watch()
+                self._lost(error)
+            else:
+                if not self._reading:
+                    self._watch()
+                if self._told.listening:
+                    self._told.drain(self._pgconn)
         future = self._future
         if future is not None and not future.done():
             if error is None and self._busy_too_long():

@@ -6,6 +6,7 @@ is driven there. Between two waits nothing is registered with trio.
 
 from __future__ import annotations
 
+import logging
 import selectors
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
 T = TypeVar("T")
+
+logger = logging.getLogger("aiopgsafe")
 
 
 class _Limited:
@@ -169,12 +172,12 @@ class Channel(_Limited):
     def _on_unasked(self) -> None:
         if not self._told.idle_input(self._pgconn):
             self._unwatch()  # for a statement in progress: it would be seen again and again
-        elif self._pgconn.status == CONNECTION_BAD:
-            self._lost()
+        elif self._pgconn.status == CONNECTION_BAD and not self.closed:
+            self._lost(None)
 
-    def _lost(self) -> None:
+    def _lost(self, error: BaseException | None) -> None:
         self._leave()
-        self._told.lost()
+        self._told.lost(error)
 
     def look(self) -> bool:
         if not self.closed and not self._readiness.quiet() and self._gen is None:
@@ -229,9 +232,12 @@ class Channel(_Limited):
         if self.closed:
             return
         if self._pgconn.status == CONNECTION_BAD:
-            self._lost()
-        elif self._watching:
+            self._lost(error)
+            return
+        if self._watching:
             self.watch(True)
+        if self._told.listening:
+            self._told.drain(self._pgconn)
 
     async def _wait_both(self, fd: int) -> None:
         # trio waits for one direction at a time; an epoll or kqueue is itself
@@ -257,10 +263,12 @@ class _Watcher:
         trio.lowlevel.spawn_system_task(self._run)
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
+        self.remove(fd)  # of a connection that was closed behind our back
         self._selector.register(fd, selectors.EVENT_READ, callback)
 
     def remove(self, fd: int) -> None:
-        self._selector.unregister(fd)
+        with suppress(KeyError):
+            self._selector.unregister(fd)
 
     async def _run(self) -> None:
         fd = self._selector.fileno()
@@ -270,7 +278,10 @@ class _Watcher:
                 for key, _ in self._selector.select(0):
                     # One callback may have removed another's.
                     if self._selector.get_map().get(key.fd) is key:
-                        key.data()
+                        try:
+                            key.data()
+                        except Exception:  # it would take trio down with it
+                            logger.exception("error in the watch of descriptor %d", key.fd)
         finally:
             self._selector.close()
 

@@ -100,8 +100,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         self._loss: psycopg.OperationalError | None = None
         self._keeper: DisconnectHandler | None = None
         self._handlers_changed = False
+        self._in_libpq = False
         self._write_refused = False
-        self._listened = False  # whether it may have listened to a channel
         self._blocks: list[Transaction[Any]] = []
         self._unit: Unit | None = None
         self._fatal: psycopg.Error | None = None
@@ -222,8 +222,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         :param interval: for compatibility; nothing is polled here.
         :param timeout: seconds after which psycopg's ``_WaitTimeout`` is raised.
         """
-        if not self._listened and statement_listens(gen):
-            self._listened = True
+        if not self._told.listening and statement_listens(gen):
+            self._told.listening = True
         return await self._drive(gen, timeout)
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
@@ -424,7 +424,10 @@ class AsyncConnection(ConnectionEvents[Row]):
         if self._signalled is not None:
             self._signalled.abandon()
         self._channel.close(psycopg.OperationalError("the connection is closed"))
-        self.pgconn.finish()
+        if self._in_libpq:  # called by a notice handler
+            self._backend.run_sync_soon(self.pgconn.finish)
+        else:
+            self.pgconn.finish()
         self._wake_who_waits()
 
     async def _settle_at_close(self) -> None:

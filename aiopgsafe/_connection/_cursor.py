@@ -38,8 +38,9 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     ) -> Self:
         """Execute a query, as `psycopg.AsyncCursor.execute()` does."""
         conn: Any = self._conn
-        if not conn._listened and listens(query):
-            conn._listened = True
+        told = conn._told
+        if not told.listening and listens(query):
+            told.listening = True
         # Not `async with`: two coroutines less, at each statement.
         lock: Lock = conn.lock
         if not lock.try_acquire():

@@ -12,7 +12,7 @@ from psycopg import Notify, errors, generators, pq
 from psycopg.rows import Row
 
 from .._backends import Waiter
-from ._messages import call_handler
+from ._messages import Told, call_handler
 from ._signalled import Cancellable
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ConnectionEvents(Cancellable[Row]):
     _keeper: DisconnectHandler | None  # the pool's
     _handlers_changed: bool  # since a pool has looked
     _fatal: psycopg.Error | None
-    _listened: bool
+    _told: Told
     _notifies_listening: deque[Notify] | None
 
     # Whoever is told while nothing runs, the channel has to watch for (trio pays for it).
@@ -53,7 +53,7 @@ class ConnectionEvents(Cancellable[Row]):
         From the event loop: while the connection is idle, too. `callback` is a plain
         function and must not block; an exception of its own is logged.
         """
-        self._listened = True
+        self._told.listening = True
         super().add_notify_handler(callback)
         self._watch()
 
@@ -64,6 +64,16 @@ class ConnectionEvents(Cancellable[Row]):
         """
         super().add_notice_handler(callback)
         self._watch()
+
+    def remove_notify_handler(self, callback: NotifyHandler) -> None:
+        """Call `callback` no more. Raises `ValueError` if it is not registered."""
+        super().remove_notify_handler(callback)
+        self._handlers_changed = True
+
+    def remove_notice_handler(self, callback: NoticeHandler) -> None:
+        """Call `callback` no more. Raises `ValueError` if it is not registered."""
+        super().remove_notice_handler(callback)
+        self._handlers_changed = True
 
     def add_disconnect_handler(self, callback: DisconnectHandler) -> None:
         """Call `callback` with an `OperationalError` when the connection is lost.
@@ -81,6 +91,7 @@ class ConnectionEvents(Cancellable[Row]):
     def remove_disconnect_handler(self, callback: DisconnectHandler) -> None:
         """Call `callback` no more. Raises `ValueError` if it is not registered."""
         self._disconnect_handlers.remove(callback)
+        self._handlers_changed = True
 
     async def wait_disconnected(self) -> psycopg.OperationalError:
         """Wait until the connection is lost or closed, and return why.
@@ -119,7 +130,7 @@ class ConnectionEvents(Cancellable[Row]):
 
     def _forget_listening(self) -> None:
         """The session listens no more."""
-        self._listened = False
+        self._told.listening = False
         if self._notifies_backlog is not None:
             self._notifies_backlog.clear()
 
@@ -162,7 +173,7 @@ class ConnectionEvents(Cancellable[Row]):
         """
         deadline = monotonic() + timeout if timeout is not None else None
         received = 0
-        self._listened = True
+        self._told.listening = True
         async with self.lock:
             # Between two rounds the consumer has the loop and the channel watches
             # the socket: what it takes goes here too (`_on_notify`).

@@ -29,9 +29,10 @@ class Told:
     below it to another object (`AsyncConnection._renewed`).
     """
 
-    __slots__ = ("owner",)
+    __slots__ = ("listening", "owner")
 
     def __init__(self, pgconn: PGconn, owner: Listening) -> None:
+        self.listening = False
         self.owner = ref(owner)
         pgconn.notice_handler = self.notice
         pgconn.notify_handler = self.notify
@@ -42,19 +43,24 @@ class Told:
             return False
         try:
             pgconn.consume_input()
-            # Parses all that has come: notices and parameter changes go their way.
-            while notify := pgconn.notifies():
-                self.notify(notify)
+            self.drain(pgconn)
         except psycopg.Error as exc:
             logger.info("connection lost while idle: %s", exc)
             return pgconn.status == BAD
         return True
 
-    def lost(self) -> None:
+    def drain(self, pgconn: PGconn) -> None:
+        """Parse all that has been read: notices and parameter changes go their way, too."""
+        while notify := pgconn.notifies():
+            self.notify(notify)
+
+    def lost(self, error: BaseException | None) -> None:
         """The connection is lost, and out of the event loop."""
         conn = self.owner()
         if conn is not None:
-            conn._on_lost(conn._fatal or psycopg.OperationalError("the connection is lost"))
+            if not isinstance(error, psycopg.Error):
+                error = psycopg.OperationalError("the connection is lost")
+            conn._on_lost(conn._fatal or error)
 
     def notice(self, result: PGresult) -> None:
         conn = self.owner()
@@ -66,18 +72,25 @@ class Told:
         if conn._notice_handlers:
             # libpq frees the result when we return: psycopg's Diagnostic would be empty then.
             notice = errors.Diagnostic(errors._info_to_dict(result), encoding)
-            for handler in tuple(conn._notice_handlers):
-                call_handler(handler, notice)
+            conn._in_libpq = True  # which must not be freed under itself
+            try:
+                for handler in tuple(conn._notice_handlers):
+                    call_handler(handler, notice)
+            finally:
+                conn._in_libpq = False
 
     def notify(self, pgnotify: pq.PGnotify) -> None:
         conn = self.owner()
         if conn is None:
             return
         encoding = conn.pgconn._encoding
-        notify = Notify(
-            pgnotify.relname.decode(encoding), pgnotify.extra.decode(encoding), pgnotify.be_pid
+        # Anybody may send anything where the server doesn't check it (SQL_ASCII): that must
+        # not come out of the event loop's machinery, and nothing of it gets lost.
+        channel, payload = (
+            text.decode(encoding, "surrogateescape") for text in (pgnotify.relname, pgnotify.extra)
         )
-        conn._listened = True
+        notify = Notify(channel, payload, pgnotify.be_pid)
+        self.listening = True
         for handler in tuple(conn._notify_handlers):
             call_handler(handler, notify)
         if conn._notifies_listening is not None:
@@ -90,7 +103,7 @@ class Listening(psycopg.AsyncConnection[Any]):
     """What `Told` sees of `AsyncConnection`."""
 
     _fatal: psycopg.Error | None
-    _listened: bool
+    _in_libpq: bool
     _notifies_listening: deque[Notify] | None
 
     def _on_lost(self, error: psycopg.Error) -> None: ...

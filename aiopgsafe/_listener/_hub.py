@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
+from math import inf
 from random import uniform
 from secrets import token_hex
 from time import monotonic
@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 from psycopg import Notify, sql
+from psycopg_pool import PoolClosed
 
 from .._backends import Backend, Background, Expired, Waiter
 from .._connection import AsyncConnection
@@ -29,8 +30,11 @@ FIRST_DELAY = 0.1
 MAX_DELAY = 10.0
 """Seconds between two attempts at the most."""
 
-PATIENCE = 3
-"""Turns of the event loop that a subscriber with a full buffer has to take something out."""
+GRACE = 0.1
+"""Seconds that a subscriber has to take out what is too much for its buffer.
+
+Thousands may come in one piece, and nobody can take any before they have all come.
+"""
 
 PROOF_TIMEOUT = 1.0
 """Seconds for a notification that is to prove that they arrive at all."""
@@ -48,7 +52,8 @@ class Hub:
     has confirmed that we listen again, or by the first notification if that is earlier.
 
     :param connect: makes a connection, in autocommit mode.
-    :param on_error: called when the connection is lost, or can't be made.
+    :param health: is looked at when the connection is lost, or can't be made.
+    :param on_silence: called when the server doesn't answer.
     :param heartbeat: seconds between two questions.
     :param timeout: seconds for each answer.
     """
@@ -58,32 +63,39 @@ class Hub:
         connect: Connect,
         backend: Backend,
         health: Health,
-        on_error: Callable[[], object],
+        on_silence: Callable[[], object],
         heartbeat: float,
         timeout: float,
     ) -> None:
         self.backend = backend
         self._connect = connect
         self._health = health
-        self._on_error = on_error
+        self._on_silence = on_silence
         self._heartbeat = heartbeat
         self._timeout = timeout
+        self._closed = False
         self._subscribers: dict[str, list[Subscription]] = {}
         self._listening: set[str] = set()
+        self._overfull: dict[Subscription, float] = {}
         self._answered = 0.0
         self._delay = FIRST_DELAY
-        self._inbox: deque[Notify] = deque()
-        self._patience = PATIENCE
-        self._held_up = False
         self._proof: str | None = None
+        self._conn: AsyncConnection[Any] | None = None
         self._job: Background[None] | None = None
         self._bell: Waiter | None = None
         self._rung = False
+        health.add(self.alive)
+
+    def alive(self) -> bool:
+        """Whether we have a connection, as far as is known."""
+        return self._conn is not None and not self._conn.closed
 
     # Subscribers
 
     async def enter(self, subscription: Subscription) -> None:
         """Subscribe. When it returns, the server has confirmed that we listen."""
+        if self._closed:
+            raise PoolClosed("the database is closed: nobody listens any more")
         for channel in subscription.channels:
             self._subscribers.setdefault(channel, []).append(subscription)
         if self._listening.issuperset(subscription.channels):
@@ -109,6 +121,7 @@ class Hub:
                 others.remove(subscription)
                 if not others:
                     del self._subscribers[channel]
+        self._overfull.pop(subscription, None)
         self._ring()
 
     def _everybody(self) -> list[Subscription]:
@@ -126,11 +139,14 @@ class Hub:
 
     async def close(self, deadline: float) -> None:
         """End all subscriptions, after what is in their buffers, and the connection."""
+        self._closed = True
         for subscription in self._everybody():
             self.leave(subscription)
             subscription.end()
             if not subscription.confirmed:
-                subscription.fail(psycopg.OperationalError("the database is closed"))
+                subscription.fail(PoolClosed("the database was closed meanwhile"))
+        if self._conn is not None and not self._conn.closed:
+            self._conn._close_now()  # nobody waits for what it still does
         if (job := self._job) is not None:
             job.cancel()
             job.limit(deadline)
@@ -149,31 +165,23 @@ class Hub:
             self._proof = None
             self._ring()
             return
-        self._inbox.append(notify)
-        if not self._held_up:
-            self._dispatch()
+        for subscription in tuple(self._subscribers.get(notify.channel, ())):
+            subscription.push(notify)
+            if subscription.too_full and subscription not in self._overfull:
+                self._overfull[subscription] = monotonic() + GRACE
+                self._ring()
 
-    def _dispatch(self) -> None:
-        """Give what came to those who want it.
-
-        Many notifications may come in one piece. Who has a full buffer gets some turns of
-        the loop to take something out; only who doesn't is too slow.
-        """
-        self._held_up = False
-        while self._inbox:
-            subscribers = self._subscribers.get(self._inbox[0].channel, ())
-            full = [subscription for subscription in subscribers if subscription.full]
-            if full and self._patience:
-                self._patience -= 1
-                self._held_up = True
-                self.backend.run_sync_soon(self._dispatch)
-                return
-            self._patience = PATIENCE
-            for subscription in full:
+    def _look_at_the_slow(self) -> float:
+        """End those whose grace is over and whose buffers are too full still; the next time."""
+        now, soonest = monotonic(), inf
+        for subscription, until in tuple(self._overfull.items()):
+            if not subscription.too_full:
+                del self._overfull[subscription]
+            elif until <= now:
                 self._fail(subscription, too_slow(subscription))
-            notify = self._inbox.popleft()
-            for subscription in self._subscribers.get(notify.channel, ()):
-                subscription.push(notify)
+            else:
+                soonest = min(soonest, until)
+        return soonest
 
     def _on_lost(self, error: psycopg.OperationalError) -> None:
         self._listening.clear()
@@ -190,13 +198,11 @@ class Hub:
                 try:
                     await self._serve()
                     continue
-                except psycopg.Error as exc:
-                    logger.warning("the listener has no connection: %s", exc)
-                    self._on_error()
+                except Exception as exc:
+                    logger.warning("the listener has no connection: %s", exc or repr(exc))
+                    self._health.look()
                     self._fail_newcomers(exc)
-                if self._subscribers:
-                    await self._wait(monotonic() + self._delay * uniform(0.0, 1.0))
-                    self._delay = min(2 * self._delay, MAX_DELAY)
+                await self._pause()
         except BaseException as exc:
             for subscription in self._everybody():
                 self._fail(subscription, psycopg.OperationalError(f"the listener ended: {exc!r}"))
@@ -204,10 +210,26 @@ class Hub:
         finally:
             self._job = None
 
+    async def _pause(self) -> None:
+        """Before the next attempt. A newcomer needn't wait for long, nor can it hurry us much."""
+        began = monotonic()
+        until = began + self._delay * uniform(0.0, 1.0)
+        self._delay = min(2 * self._delay, MAX_DELAY)
+        while self._subscribers:
+            newcomers = any(not subscription.confirmed for subscription in self._everybody())
+            when = min(until, began + FIRST_DELAY) if newcomers else until
+            self._look_at_the_slow()
+            if monotonic() >= when:
+                return
+            self._rung = False
+            await self._wait(when)
+
     async def _serve(self) -> None:
         """Connect, and listen until the connection is lost or nobody wants it any more."""
-        conn = await self._connect()
+        self._conn = conn = await self._connect()
         try:
+            if self._closed:
+                return
             self._health.up()
             conn.add_notify_handler(self._on_notify)
             conn.add_disconnect_handler(self._on_lost)
@@ -215,38 +237,51 @@ class Hub:
             beat = monotonic() + self._heartbeat
             while self._subscribers:
                 await self._listen(conn)
-                if await self._wait(beat):
+                if await self._wait(min(beat, self._look_at_the_slow())) and monotonic() >= beat:
                     await self._ask(conn, b"")
                     beat = monotonic() + self._heartbeat
                 if conn.closed:
                     raise await conn.wait_disconnected()
         except Expired:
-            self._health.down()
+            self._on_silence()
             raise psycopg.OperationalError(
                 f"no answer to the listener within {self._timeout:g} seconds"
             ) from None
         finally:
             if not conn.closed:
                 conn._close_now()
+            self._conn = None
             if self._listening:
                 self._on_lost(psycopg.OperationalError("the connection is closed"))
 
     async def _listen(self, conn: AsyncConnection[Any]) -> None:
         """LISTEN to what is wanted, and confirm it."""
-        while (wanted := self._subscribers.keys()) != self._listening:
+        while (wanted := self._subscribers.keys()) != self._listening and not conn.closed:
             new, old = wanted - self._listening, self._listening - wanted
             self._listening -= old  # who wants it from now on waits until it is there again
-            names = [("LISTEN ", name) for name in new] + [("UNLISTEN ", name) for name in old]
-            commands = [verb.encode() + quoted(name, conn) for verb, name in names]
-            await self._ask(conn, b"; ".join(commands))
+            commands = []
+            for verb, names in ((b"LISTEN ", tuple(new)), (b"UNLISTEN ", tuple(old))):
+                for name in names:
+                    try:
+                        commands.append(verb + quoted(name, conn))
+                    except UnicodeError as exc:  # not in the client's encoding
+                        new.discard(name)
+                        for subscription in tuple(self._subscribers[name]):
+                            self._fail(subscription, exc)
+            if commands:
+                await self._ask(conn, b"; ".join(commands))
             if conn.closed:
                 return
             self._listening |= new
+            self._confirm()
+
+    def _confirm(self) -> None:
         self._delay = FIRST_DELAY
         for subscription in self._everybody():
-            if subscription.confirmed:
-                subscription.tell_gap()
-            elif self._listening.issuperset(subscription.channels):
+            if not self._listening.issuperset(subscription.channels):
+                continue
+            subscription.tell_gap()
+            if not subscription.confirmed:
                 subscription.confirmed = True
                 subscription.wake()
 
@@ -272,6 +307,13 @@ class Hub:
         self._proof = name = f"aiopgsafe_{token_hex(8)}"
         channel = quoted(name, conn)
         await self._ask(conn, b"LISTEN " + channel)
+        try:
+            await self._prove_delivery(conn, channel)
+        finally:
+            if not conn.closed:  # a pooler keeps the session
+                await self._ask(conn, b"UNLISTEN " + channel)
+
+    async def _prove_delivery(self, conn: AsyncConnection[Any], channel: bytes) -> None:
         other = await self._connect()
         try:
             await other._ask(b"NOTIFY " + channel, self._timeout)
@@ -288,7 +330,6 @@ class Hub:
                 "LISTEN delivers nothing on this connection: a connection pooler in transaction"
                 " mode (PgBouncer) stands before the server. Listen past it: listen_conninfo="
             )
-        await self._ask(conn, b"UNLISTEN " + channel)
 
     # Waiting
 

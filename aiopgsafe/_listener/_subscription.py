@@ -75,6 +75,7 @@ class Subscription:
         self._find_hub = hub
         self._hub: Hub | None = None
         self._items: deque[Notify | Gap] = deque()
+        self._gaps = 0  # among them
         self._error: BaseException | None = None
         self._ended = False
         self._waiter: Waiter | None = None
@@ -105,13 +106,17 @@ class Subscription:
     async def __anext__(self) -> Notify | Gap:
         if self._hub is None:
             raise psycopg.InterfaceError("the subscription is not entered: use `async with`")
+        if not self._hub.backend.is_current():
+            raise psycopg.InterfaceError("the subscription belongs to another event loop")
         while not self._items:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 raise StopAsyncIteration
             await self.wait(self._hub)
-        return self._items.popleft()
+        item = self._items.popleft()
+        self._gaps -= isinstance(item, Gap)
+        return item
 
     async def wait(self, hub: Hub) -> None:
         """Wait until there is something to look at."""
@@ -126,9 +131,9 @@ class Subscription:
     # From the hub
 
     @property
-    def full(self) -> bool:
-        """Whether a notification more would be one too many."""
-        return len(self._items) >= self.max_buffer
+    def too_full(self) -> bool:
+        """Whether more notifications wait than should."""
+        return len(self._items) - self._gaps > self.max_buffer
 
     @property
     def error(self) -> BaseException | None:
@@ -142,13 +147,17 @@ class Subscription:
 
     def tell_gap(self) -> None:
         """Before anything that comes after it."""
-        if self.missing_since is not None:
-            self._items.append(Gap(self.channels, self.missing_since))
-            self.missing_since = None
-            self.wake()
+        since, self.missing_since = self.missing_since, None
+        if since is None or (self._items and isinstance(self._items[-1], Gap)):
+            return  # one that nobody has read yet says it all
+        self._items.append(Gap(self.channels, since))
+        self._gaps += 1
+        self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """After what is in the buffer, raise `error`."""
+        """After what is in the buffer, and fits into it, raise `error`."""
+        while self.too_full:
+            self._gaps -= isinstance(self._items.pop(), Gap)
         self._error = error
         self.wake()
 

@@ -58,7 +58,7 @@ async def _clean(
         except session._backend.interruptions as exc:
             shield.hold_back(exc)
     conn._forget_blocks()
-    if conn._listened and not conn.closed:
+    if conn._told.listening and not conn.closed:
         try:
             await run(session, shield, session._commands_gen([b"UNLISTEN *"]))
         except Expired:

@@ -90,18 +90,17 @@ class Keeping:
 
     def _on_lost(self, place: Place, error: psycopg.Error) -> None:
         """A watcher has seen its end. One in use keeps its place until it is given back."""
-        self._look_at_health()
+        self._health.look()
         if place in self._places.used:
             self._given_back()  # who waits until nothing is in use looks again
         else:
             logger.info("discarding lost connection: %s", error)
             self._lose(place)
 
-    def _look_at_health(self) -> None:
-        """A connection is lost, or couldn't be made: does any other one live?"""
+    def _lives(self) -> bool:
+        """Whether any connection lives. One in use is watched by nobody on trio: look."""
         places = self._places
-        if not any(not p.conn.closed for some in (places.idle, places.used) for p in some):
-            self._health.down()
+        return any(p.conn._channel.look() for p in (*places.idle, *places.used))
 
     def _lose(self, place: Place) -> None:
         self._stats["connections_lost"] += 1

@@ -62,6 +62,8 @@ class Places:
     connecting: int = 0
     """Connections on their way."""
     queue: deque[Request] = field(default_factory=deque)
+    probing: int = 0
+    """Who waits until the database can be reached: somebody must try."""
 
     @property
     def size(self) -> int:
@@ -71,7 +73,8 @@ class Places:
     def lacking(self) -> int:
         """How many more connections should be on their way."""
         wanted = len(self.idle) + len(self.used) + len(self.queue)
-        return min(self.max_size, max(self.min_size, wanted)) - self.size
+        least = max(self.min_size, 1 if self.probing else 0)
+        return min(self.max_size, max(least, wanted)) - self.size
 
     def take(self) -> Place | None:
         """An idle place, used from now on."""

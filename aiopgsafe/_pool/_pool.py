@@ -102,6 +102,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._reset = reset
         self._stats: Counter[str] = Counter()
         self._health = Health()
+        self._health.add(self._lives)
         self._connector = Connector(
             self.name,
             lambda: ConnectOptions(self.connection_class, self.conninfo, self.kwargs, configure),
@@ -110,7 +111,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             self._add,
             workers=num_workers,
             reconnect_timeout=reconnect_timeout,
-            on_error=self._look_at_health,
+            on_error=self._health.look,
             on_failed=partial(reconnect_failed, self) if reconnect_failed else lambda: None,
         )
         self._backend: Backend | None = None
@@ -370,7 +371,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             self._retire(conn._place)
         elif (
             conn.pgconn.transaction_status != IDLE
-            or conn._listened
+            or conn._told.listening
             or conn._unit is not None
             or self._reset is not None
             or conn.lock.locked()

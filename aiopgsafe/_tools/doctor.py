@@ -12,16 +12,19 @@ from typing import Any, Literal
 import anyio
 import psycopg
 from psycopg import pq
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .. import AsyncConnection, Database
-from .running import FAULTY, OK, run
+from .running import FAULTY, OK, Screen, run, until_nobody_reads
 
 Level = Literal["good", "advice", "bad"]
 
-MARKS: dict[Level, str] = {"good": "[green]✓[/]", "advice": "[yellow]![/]", "bad": "[red]✗[/]"}
+MARKS: dict[Level, tuple[str, str]] = {
+    "good": ("✓", "green"),
+    "advice": ("!", "yellow"),
+    "bad": ("✗", "red"),
+}
 
 KEEPALIVE = {
     "keepalives_idle": "10",
@@ -82,13 +85,10 @@ async def _doctor(dsn: str) -> int:
     for header in ("found", "advice"):
         table.add_column(header, header_style="dim", overflow="fold")
     for finding in findings:
-        table.add_row(
-            MARKS[finding.level],
-            finding.subject,
-            escape(finding.found),
-            escape(finding.advice),
-        )
-    Console().print(table)
+        mark = Text(*MARKS[finding.level])
+        table.add_row(mark, finding.subject, finding.found, finding.advice)
+    with until_nobody_reads():
+        Screen().print(table)
     return FAULTY if any(finding.level == "bad" for finding in findings) else OK
 
 

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from .. import Database, Gap, Notify
-from .running import OK, run
+from .running import OK, Screen, run, until_nobody_reads
 
 
 def listen(dsn: str, channels: list[str], as_json: bool, loop: str) -> int:
     """Print what comes until Ctrl-C, and return the command's exit status."""
-    show = _as_json if as_json else partial(_as_text, Console(highlight=False, soft_wrap=True))
+    show = _as_json if as_json else partial(_as_text, Screen())
     try:
-        return run("listen", partial(_listen, dsn, channels, show), loop)
+        with until_nobody_reads():
+            return run("listen", partial(_listen, dsn, channels, show), loop)
     except KeyboardInterrupt:
-        return OK
-    except BrokenPipeError:
-        # Whoever reads has gone. Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        pass
+    return OK
 
 
 async def _listen(dsn: str, channels: list[str], show: Callable[[Notify | Gap], None]) -> int:
@@ -41,18 +36,21 @@ async def _listen(dsn: str, channels: list[str], show: Callable[[Notify | Gap], 
     return OK
 
 
-def _as_text(console: Console, item: Notify | Gap) -> None:
-    now = datetime.now(UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
+def _as_text(screen: Screen, item: Notify | Gap) -> None:
+    now = (datetime.now(UTC).astimezone().strftime("%H:%M:%S.%f")[:-3], "dim")
     if isinstance(item, Gap):
         since = datetime.fromtimestamp(item.since, UTC).astimezone().strftime("%H:%M:%S")
-        console.print(
-            f"[dim]{now}[/]  [yellow]gap: what was sent since {since} may have been missed[/]"
-        )
+        gap = (f"gap: what was sent since {since} may have been missed", "yellow")
+        text = Text.assemble(now, "  ", gap)
     else:
-        payload = escape(item.payload)
-        console.print(
-            f"[dim]{now}[/]  [cyan]{escape(item.channel)}[/] [dim]{item.pid}[/]  {payload}"
-        )
+        channel, pid = (printable(item.channel), "cyan"), (str(item.pid), "dim")
+        text = Text.assemble(now, "  ", channel, " ", pid, "  ", printable(item.payload))
+    screen.print(text, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A line of its own, that can't move the cursor: control characters as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _as_json(item: Notify | Gap) -> None:
