@@ -273,7 +273,8 @@ class Database:
 
         :param channels: the names, at least one, exactly as NOTIFY gives them.
         :param max_buffer: notifications that may wait for this subscriber. When there are
-            more it gets those, and then a `psycopg.OperationalError`; others don't notice.
+            more for a second it gets those, and then a `psycopg.OperationalError`; others
+            don't notice.
 
         Raises `ValueError` or `TypeError` for a bad name or `max_buffer`. Entering raises
         what connecting does; `psycopg.NotSupportedError` where a connection pooler in

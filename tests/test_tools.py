@@ -13,6 +13,8 @@ from typing import IO, Any
 import psycopg
 import pytest
 
+from aiopgsafe.testing import FaultProxy, Freeze, query
+
 Admin = psycopg.Connection[Any]
 
 COMMAND = [sys.executable, "-m", "aiopgsafe"]
@@ -92,6 +94,38 @@ def test_listen_ends_when_nobody_reads_any_more(dsn: str, admin: Admin) -> None:
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 0
         assert errors == ""
+
+
+def test_text_from_elsewhere_is_one_line_as_it_is(dsn: str, admin: Admin) -> None:
+    with listening(dsn, "a") as process:
+        admin.execute(r"notify a, E'\033[31mred\n:smile: back\\'")
+        assert line(process.stdout).endswith(r"  \x1b[31mred\n:smile: back" + "\\\n")
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql+asyncpg://u:s3cret@127.0.0.1:1/db",
+        "postgres:s3cret@host/db",
+        "postgresql://u:s3cret@[127.0.0.1/db",
+        "postgresql://u:s3cret%zz@127.0.0.1/db",
+        "postgresql://u:x@s3cret@127.0.0.1/db",
+        'password="s3cret host=x',
+    ],
+)
+def test_passwords_are_not_printed(dsn: str) -> None:
+    for arguments in (["doctor", dsn], ["listen", dsn, "a"]):
+        result = run(*arguments)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"aiopgsafe {arguments[0]}: ")
+        assert "s3cret" not in result.stderr
+
+
+def test_a_server_that_does_not_answer_is_said(proxy: FaultProxy) -> None:
+    proxy.inject(Freeze(), query("select name, setting"))
+    result = run("doctor", proxy.dsn)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "aiopgsafe doctor: the server does not answer\n" in result.stderr
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -30,11 +30,14 @@ FIRST_DELAY = 0.1
 MAX_DELAY = 10.0
 """Seconds between two attempts at the most."""
 
-GRACE = 0.1
+GRACE = 1.0
 """Seconds that a subscriber has to take out what is too much for its buffer.
 
 Thousands may come in one piece, and nobody can take any before they have all come.
 """
+
+EXCESS = 10_000
+"""Notifications that may be too many meanwhile: memory is bounded."""
 
 PROOF_TIMEOUT = 1.0
 """Seconds for a notification that is to prove that they arrive at all."""
@@ -167,7 +170,10 @@ class Hub:
             return
         for subscription in tuple(self._subscribers.get(notify.channel, ())):
             subscription.push(notify)
-            if subscription.too_full and subscription not in self._overfull:
+            excess = subscription.excess
+            if excess > EXCESS:
+                self._fail(subscription, too_slow(subscription))
+            elif excess > 0 and subscription not in self._overfull:
                 self._overfull[subscription] = monotonic() + GRACE
                 self._ring()
 
@@ -175,7 +181,7 @@ class Hub:
         """End those whose grace is over and whose buffers are too full still; the next time."""
         now, soonest = monotonic(), inf
         for subscription, until in tuple(self._overfull.items()):
-            if not subscription.too_full:
+            if subscription.excess <= 0:
                 del self._overfull[subscription]
             elif until <= now:
                 self._fail(subscription, too_slow(subscription))
@@ -199,6 +205,8 @@ class Hub:
                     await self._serve()
                     continue
                 except Exception as exc:
+                    if self._closed:
+                        return
                     logger.warning("the listener has no connection: %s", exc or repr(exc))
                     self._health.look()
                     self._fail_newcomers(exc)

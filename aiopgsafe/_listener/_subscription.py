@@ -131,9 +131,9 @@ class Subscription:
     # From the hub
 
     @property
-    def too_full(self) -> bool:
-        """Whether more notifications wait than should."""
-        return len(self._items) - self._gaps > self.max_buffer
+    def excess(self) -> int:
+        """How many more notifications wait than should."""
+        return len(self._items) - self._gaps - self.max_buffer
 
     @property
     def error(self) -> BaseException | None:
@@ -156,7 +156,7 @@ class Subscription:
 
     def fail(self, error: BaseException) -> None:
         """After what is in the buffer, and fits into it, raise `error`."""
-        while self.too_full:
+        while self.excess > 0:
             self._gaps -= isinstance(self._items.pop(), Gap)
         self._error = error
         self.wake()

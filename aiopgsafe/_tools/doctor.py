@@ -34,7 +34,7 @@ KEEPALIVE = {
 }
 """libpq's parameters, and what we would set them to."""
 
-ANSWER_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 5.0
 """Seconds for each question to be answered."""
 
 OUTCOME = {
@@ -77,7 +77,7 @@ def doctor(dsn: str, loop: str) -> int:
 
 
 async def _doctor(dsn: str) -> int:
-    async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
+    async with await AsyncConnection.connect(dsn, autocommit=True, cancel_timeout=1) as conn:
         findings = [finding async for finding in examine(conn, dsn)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column()
