@@ -43,7 +43,8 @@ class Told:
             return False
         try:
             pgconn.consume_input()
-            self.drain(pgconn)
+            while notify := pgconn.notifies():
+                self.notify(notify)
         except psycopg.Error as exc:
             logger.info("connection lost while idle: %s", exc)
             return pgconn.status == BAD
@@ -86,10 +87,11 @@ class Told:
         encoding = conn.pgconn._encoding
         # Anybody may send anything where the server doesn't check it (SQL_ASCII): that must
         # not come out of the event loop's machinery, and nothing of it gets lost.
-        channel, payload = (
-            text.decode(encoding, "surrogateescape") for text in (pgnotify.relname, pgnotify.extra)
+        notify = Notify(
+            pgnotify.relname.decode(encoding, "surrogateescape"),
+            pgnotify.extra.decode(encoding, "surrogateescape"),
+            pgnotify.be_pid,
         )
-        notify = Notify(channel, payload, pgnotify.be_pid)
         self.listening = True
         for handler in tuple(conn._notify_handlers):
             call_handler(handler, notify)

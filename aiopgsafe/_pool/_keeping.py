@@ -195,9 +195,6 @@ class Keeping:
         """Call `wake` once, when a connection comes back."""
         self._on_return = wake
 
-    def _used_for(self, seconds: float) -> None:
-        self._stats["usage_ms"] += int(seconds * 1000)
-
     def get_stats(self) -> dict[str, int]:
         """What the pool has done and is doing, by psycopg_pool's names."""
         places = self._places

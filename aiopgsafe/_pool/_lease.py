@@ -97,6 +97,6 @@ class Lease(Generic[ConnectionT]):
                     self._call.lent = conn
                 self._call = None
             else:
-                pool._used_for(monotonic() - self._since)
+                pool._stats["usage_ms"] += int((monotonic() - self._since) * 1000)
                 if not pool._put_back(conn):
                     await pool._clean(conn)

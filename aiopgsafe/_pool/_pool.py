@@ -327,7 +327,11 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
 
     def _get_idle(self) -> ConnectionT | None:
         """A connection that needn't be waited for; nearly always there is one."""
-        self._check_usable()
+        backend = self._backend
+        if backend is None or self._closed or self._refusal or self._open_implicitly:
+            self._check_usable()
+        elif not backend.is_current():
+            self._check_loop()
         if self._check is not None or (place := self._take()) is None:
             return None
         self._stats["requests_num"] += 1
