@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from psycopg.rows import TupleRow
 
@@ -14,7 +15,9 @@ from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
 from ._transaction import Transaction
 
-__all__ = ["Block", "ambient"]
+__all__ = ["Attempt", "Block", "ambient"]
+
+T = TypeVar("T")
 
 ACTIVE = TransactionState.ACTIVE
 
@@ -77,6 +80,11 @@ class Block:
         self._tx: Tx | None = None
         self._frame: Frame | None = None
 
+    @property
+    def state(self) -> TransactionState:
+        """What is known of its transaction."""
+        return TransactionState.PENDING if self._tx is None else self._tx.state
+
     async def __aenter__(self) -> Tx:
         if self._entered:
             raise TypeError("transaction blocks can be used only once")
@@ -121,3 +129,22 @@ class Block:
         if lease is not None:
             await lease.__aexit__(None if swallowed else exc_type, exc, tb)
         return swallowed
+
+
+class Attempt(Generic[T]):
+    """A function's run in a transaction, each time it is called."""
+
+    def __init__(self, new_block: Callable[[], Block], work: Callable[[], Awaitable[T]]) -> None:
+        self._new_block = new_block
+        self._work = work
+        self._block = new_block()
+
+    @property
+    def state(self) -> TransactionState:
+        return self._block.state
+
+    async def __call__(self) -> T:
+        self._block = self._new_block()
+        async with self._block:
+            return await self._work()
+        return cast("T", None)  # psycopg.Rollback ended it

@@ -16,7 +16,7 @@ from psycopg import IsolationLevel
 from psycopg.rows import TupleRow
 from psycopg_pool import PoolClosed
 
-from ._blocks import Block, ambient
+from ._blocks import Attempt, Block, ambient
 from ._connection import AsyncConnection
 from ._connection._connecting import check_timeout
 from ._draining import Drain, DrainWatch
@@ -227,21 +227,13 @@ class Database:
 
         @wraps(fn)
         async def in_transaction(*args: Any, **kwargs: Any) -> Any:
-            async with self.transaction(**options):
-                return await fn(*args, **kwargs)
-
-        if retry is None:
-            return in_transaction
-
-        @wraps(fn)
-        async def again_and_again(*args: Any, **kwargs: Any) -> Any:
-            backend = self.pool._check_usable()
-            attempt = partial(in_transaction, *args, **kwargs)
-            if ambient(self.pool) is not None:
+            attempt = Attempt(partial(self.transaction, **options), partial(fn, *args, **kwargs))
+            if retry is None or ambient(self.pool) is not None:
                 return await attempt()
+            backend = self.pool._check_usable()
             return await retrying(retry, backend, fn.__qualname__, attempt)
 
-        return again_and_again
+        return in_transaction
 
     async def execute(
         self, query: Query, params: Params | None = None

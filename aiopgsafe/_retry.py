@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from random import uniform
-from time import monotonic
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
-from ._backends import Backend, Expired
+from ._backends import Backend, sleep
 from ._errors import CommitUnknown, safe_to_retry
+from ._outcome import TransactionState
 
-__all__ = ["Retry"]
+__all__ = ["Attempt", "Retry", "retrying"]
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+COMMITTED, UNKNOWN = TransactionState.COMMITTED, TransactionState.UNKNOWN
 
 logger = logging.getLogger("aiopgsafe.retry")
+
+
+class Attempt(Protocol[T_co]):
+    """One go at the work, in a transaction of its own each time it is called."""
+
+    @property
+    def state(self) -> TransactionState:
+        """What is known of the last one's transaction."""
+
+    async def __call__(self) -> T_co: ...
 
 
 class Retry:
@@ -82,37 +94,29 @@ class Retry:
         return safe_to_retry(error)
 
 
-async def retrying(
-    retry: Retry, backend: Backend, what: str, attempt_once: Callable[[], Awaitable[T]]
-) -> T:
-    """Call `attempt_once` until it succeeds, or should not be called again.
+async def retrying(retry: Retry, backend: Backend, what: str, attempt: Attempt[T]) -> T:
+    """Call `attempt` until it succeeds, or should not be called again.
 
     A pause that would outlast the task's deadline isn't begun: who waits learns the
     error, not that the time is over.
     """
-    attempt = 1
+    number = 1
     while True:
         try:
-            return await attempt_once()
+            return await attempt()
         except Exception as error:
-            if not retry.wanted_after(error):
+            # What the work raises may be about something else than its transaction.
+            if attempt.state is COMMITTED or not retry.wanted_after(error):
                 raise
-            pause = retry.pause(attempt)
-            if attempt >= retry.attempts or pause >= backend.time_left():
+            if attempt.state is UNKNOWN and not retry.idempotent:
+                raise
+            pause = retry.pause(number)
+            if number >= retry.attempts or pause >= backend.time_left():
                 retry.given_up += 1
-                if attempt > 1:
-                    error.add_note(f"aiopgsafe: given up after {attempt} attempts")
+                if number > 1:
+                    error.add_note(f"aiopgsafe: given up after {number} attempts")
                 raise
-            logger.info("attempt %d at %s: %s; again in %.3f s", attempt, what, error, pause)
-        attempt += 1
+            logger.info("attempt %d at %s: %s; again in %.3f s", number, what, error, pause)
+        number += 1
         retry.retries += 1
-        await _sleep(backend, pause)
-
-
-async def _sleep(backend: Backend, seconds: float) -> None:
-    waiter: Any = backend.waiter()
-    waiter.limit(monotonic() + seconds)
-    try:
-        await waiter.wait()
-    except Expired:
-        pass
+        await sleep(backend, pause)

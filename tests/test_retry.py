@@ -12,7 +12,14 @@ import psycopg
 import pytest
 from psycopg import IsolationLevel, errors
 
-from aiopgsafe import AsyncConnection, CommitUnknown, Database, Retry, safe_to_retry
+from aiopgsafe import (
+    AsyncConnection,
+    CommitUnknown,
+    Database,
+    Retry,
+    TransactionState,
+    safe_to_retry,
+)
 from aiopgsafe.testing import Cut, FaultProxy, command_complete, query
 from tests.conftest import Figures
 
@@ -134,6 +141,55 @@ async def test_other_errors_are_not_retried(db: Database) -> None:
             await work(error)
         assert calls == 1
     assert (retry.retries, retry.given_up) == (0, 0)
+
+
+async def test_an_error_that_comes_after_the_commit_is_not_retried(
+    db: Database, admin: Admin
+) -> None:
+    """Of another transaction, that a callback has begun on the connection and left open."""
+    admin.execute(
+        "create function fail() returns trigger language plpgsql as"
+        " $$begin raise 'late' using errcode = '40001'; end$$"
+    )
+    admin.execute(
+        "create constraint trigger late after insert on t deferrable initially deferred"
+        " for each row when (new.id = 99) execute function fail()"
+    )
+    retry = Retry()
+
+    @db.atomic(retry=retry)
+    async def work() -> None:
+        async with db.transaction() as tx:
+            tx.on_commit(tx.connection.execute, "insert into t values (99)")
+            await tx.execute("update t set n = n + 1")
+
+    with pytest.raises(errors.SerializationFailure):
+        await work()
+    assert retry.retries == 0
+    assert admin.execute("select n from t").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("cursor", ["ours", "client", "pipeline"])
+async def test_a_commit_of_the_programs_own_that_was_lost_is_unknown(
+    proxy: FaultProxy, admin: Admin, cursor: str, anyio_backend: object
+) -> None:
+    admin.execute("create table t (id int)")
+    async with await AsyncConnection.connect(proxy.dsn, autocommit=True) as conn:
+        cut = proxy.inject(Cut("rst"), command_complete("COMMIT"), times=1)
+        with pytest.raises(psycopg.OperationalError) as caught:
+            async with conn.transaction() as tx:
+                await conn.execute("insert into t values (1)")
+                if cursor == "ours":
+                    await conn.execute("commit")
+                elif cursor == "client":
+                    await psycopg.AsyncClientCursor(conn).execute("commit")
+                else:
+                    async with conn.pipeline():
+                        await conn.execute("commit")
+    cut.wait()
+    assert tx.state is TransactionState.UNKNOWN
+    assert not safe_to_retry(caught.value)
+    assert admin.execute("select count(*) from t").fetchone() == (1,)
 
 
 async def test_it_gives_up_after_so_many_attempts_or_at_the_deadline(db: Database) -> None:

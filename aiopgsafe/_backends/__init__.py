@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Generator
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from psycopg import InterfaceError
@@ -36,6 +37,8 @@ __all__ = [
     "OtherLoop",
     "Waiter",
     "current",
+    "running",
+    "sleep",
 ]
 
 T = TypeVar("T")
@@ -205,6 +208,16 @@ class Backend(EventLoop, Protocol):
 
         asyncio delivers a cancellation at the next real wait, and can't be asked before.
         """
+
+
+async def sleep(backend: Backend, seconds: float) -> None:
+    """Wait for so long."""
+    waiter = backend.waiter()
+    waiter.limit(monotonic() + seconds)
+    try:
+        await waiter.wait()
+    except Expired:
+        pass
 
 
 def running() -> bool:

@@ -29,12 +29,13 @@ from .._shield import Shield
 from .._transaction import Transaction
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
-from ._events import ConnectionEvents, DisconnectHandler
+from ._events import ConnectionEvents
 from ._generators import begin_command
+from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import statement_listens
+from ._statements import ending_statement, statement_listens
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -224,7 +225,14 @@ class AsyncConnection(ConnectionEvents[Row]):
         """
         if not self._told.listening and statement_listens(gen):
             self._told.listening = True
-        return await self._drive(gen, timeout)
+        in_transaction = self._blocks or self._unit
+        ending = in_transaction and ending_statement(gen, self._pipeline)
+        try:
+            return await self._drive(gen, timeout)
+        except BaseException:
+            if ending and self.closed:
+                self._lost_in_ending()
+            raise
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel
@@ -418,17 +426,6 @@ class AsyncConnection(ConnectionEvents[Row]):
     def _renewed(self) -> Self:
         """Move to a new object for the next holder; this one raises `ConnectionReleased`."""
         return renewed(self)
-
-    def _close_now(self) -> None:
-        self._closed = True
-        if self._signalled is not None:
-            self._signalled.abandon()
-        self._channel.close(psycopg.OperationalError("the connection is closed"))
-        if self._in_libpq:  # called by a notice handler
-            self._backend.run_sync_soon(self.pgconn.finish)
-        else:
-            self.pgconn.finish()
-        self._wake_who_waits()
 
     async def _settle_at_close(self) -> None:
         unit, self._unit = self._unit, None

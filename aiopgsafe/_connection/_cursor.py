@@ -12,7 +12,7 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._statements import listens
+from ._statements import is_ending, listens
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -47,8 +47,12 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
             await lock.acquire()
         try:
             await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
-        except errors._NO_TRACEBACK as exc:
-            raise exc.with_traceback(None)  # noqa: B904
+        except BaseException as exc:
+            if conn.closed and is_ending(query, self):
+                conn._lost_in_ending()
+            if isinstance(exc, errors._NO_TRACEBACK):
+                raise exc.with_traceback(None)  # noqa: B904
+            raise
         finally:
             lock.release()
         return self

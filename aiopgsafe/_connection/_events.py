@@ -1,28 +1,21 @@
-"""What a connection tells unasked: notifications, and its own end."""
+"""What a connection tells unasked while it lives: notifications and notices."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-import psycopg
-from psycopg import Notify, errors, generators, pq
+from psycopg import Notify, errors, generators
 from psycopg.rows import Row
 
-from .._backends import Waiter
-from ._messages import Told, call_handler
+from ._losing import DisconnectHandler
+from ._messages import Told
 from ._signalled import Cancellable
 
 if TYPE_CHECKING:
     from psycopg._connection_base import NoticeHandler, NotifyHandler
-
-OK = pq.ConnStatus.OK
-BAD = pq.ConnStatus.BAD
-
-
-DisconnectHandler = Callable[[psycopg.OperationalError], object]
 
 
 class Handlers(NamedTuple):
@@ -36,16 +29,8 @@ class Handlers(NamedTuple):
 class ConnectionEvents(Cancellable[Row]):
     """The part of `AsyncConnection` that tells."""
 
-    _disconnect_handlers: list[DisconnectHandler]
-    _waiting_for_loss: list[Waiter]
-    _loss: psycopg.OperationalError | None
-    _keeper: DisconnectHandler | None  # the pool's
-    _handlers_changed: bool  # since a pool has looked
-    _fatal: psycopg.Error | None
     _told: Told
     _notifies_listening: deque[Notify] | None
-
-    # Whoever is told while nothing runs, the channel has to watch for (trio pays for it).
 
     def add_notify_handler(self, callback: NotifyHandler) -> None:
         """Call `callback` with each notification (`Notify`) when it arrives.
@@ -75,46 +60,6 @@ class ConnectionEvents(Cancellable[Row]):
         super().remove_notice_handler(callback)
         self._handlers_changed = True
 
-    def add_disconnect_handler(self, callback: DisconnectHandler) -> None:
-        """Call `callback` with an `OperationalError` when the connection is lost.
-
-        At once, from the event loop, while the connection is idle, too: the server
-        ended the session, the connection was cut, or we gave it up because the server
-        didn't answer in time. Not when the program itself closes it.
-
-        Raises `psycopg.OperationalError` if it is closed or lost already.
-        """
-        self._check_connection_ok()
-        self._disconnect_handlers.append(callback)
-        self._watch()
-
-    def remove_disconnect_handler(self, callback: DisconnectHandler) -> None:
-        """Call `callback` no more. Raises `ValueError` if it is not registered."""
-        self._disconnect_handlers.remove(callback)
-        self._handlers_changed = True
-
-    async def wait_disconnected(self) -> psycopg.OperationalError:
-        """Wait until the connection is lost or closed, and return why.
-
-        At once if it is. Other tasks may use the connection meanwhile.
-
-        Raises `ConnectionReleased` if it is given back to its pool meanwhile.
-        """
-        while self._loss is None and not self.closed:
-            waiter = self._backend.waiter()
-            self._waiting_for_loss.append(waiter)
-            self._watch()
-            try:
-                await waiter.wait()
-            finally:
-                if waiter in (waiting := self.__dict__.get("_waiting_for_loss", ())):
-                    waiting.remove(waiter)
-        return self._loss or psycopg.OperationalError("the connection is closed")
-
-    def _watch(self) -> None:
-        self._handlers_changed = True
-        self._channel.watch(True)
-
     def _handlers(self) -> Handlers:
         return Handlers(
             tuple(self._notify_handlers),
@@ -133,35 +78,6 @@ class ConnectionEvents(Cancellable[Row]):
         self._told.listening = False
         if self._notifies_backlog is not None:
             self._notifies_backlog.clear()
-
-    def _on_lost(self, error: psycopg.Error) -> None:
-        """The connection is gone, and not because the program closed it."""
-        if self._loss is not None:
-            return
-        if not isinstance(error, psycopg.OperationalError):
-            cause, error = error, psycopg.OperationalError(str(error))
-            error.__cause__ = cause
-        self._loss = error
-        if self._keeper is not None:
-            self._keeper(error)
-        self._wake_who_waits()
-        for handler in tuple(self._disconnect_handlers):
-            call_handler(handler, error)
-
-    def _wake_who_waits(self) -> None:
-        waiting, self._waiting_for_loss = self._waiting_for_loss, []
-        for waiter in waiting:
-            waiter.wake()
-
-    def _check_connection_ok(self) -> None:
-        if self.pgconn.status == OK:
-            return
-        if self._fatal is not None and self.pgconn.status == BAD:
-            # What the server said when it ended the session, idle: psycopg's
-            # users get it (AdminShutdown, ...) with the next statement.
-            fatal, self._fatal = self._fatal, None
-            raise fatal
-        super()._check_connection_ok()
 
     async def notifies(
         self, *, timeout: float | None = None, stop_after: int | None = None

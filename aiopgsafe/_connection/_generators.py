@@ -75,6 +75,13 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if not self._autocommit and self.pgconn.transaction_status == IDLE:
             yield from self._commands_gen(self._begin_commands(self._time_left()))
 
+    def _lost_in_ending(self) -> None:
+        """The connection is lost, and with it the answer to a COMMIT of the program's own."""
+        for unit in (self._blocks[-1]._unit if self._blocks else None, self._unit):
+            if unit is not None and unit.state is TransactionState.ACTIVE:
+                unit.advance(TransactionState.UNKNOWN)
+                unit.take()
+
     def _forget_unit(self) -> None:
         """A statement ended the transaction (COMMIT or ROLLBACK): which, we don't know."""
         unit, self._unit = self._unit, None

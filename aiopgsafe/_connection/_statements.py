@@ -87,7 +87,11 @@ def ending_statement(
     if frame is None or frame.f_code.co_name != "_execute_gen":
         return None
     cursor = cast("psycopg.AsyncCursor[Any]", frame.f_locals["self"])
-    query: Query = frame.f_locals["query"]
+    return cursor if is_ending(frame.f_locals["query"], cursor) else None
+
+
+def is_ending(query: Query, cursor: psycopg.AsyncCursor[Any]) -> bool:
+    """Whether the query is a statement that ends a transaction."""
     if isinstance(query, str):
         text = query.encode()
     elif isinstance(query, bytes):
@@ -95,5 +99,5 @@ def ending_statement(
     elif isinstance(query, sql.Composable):
         text = query.as_bytes(cursor)
     else:
-        return None
-    return cursor if ends_transaction(text) else None
+        return False
+    return ends_transaction(text)

@@ -11,10 +11,10 @@ from psycopg import errors, generators, pq
 from psycopg._capabilities import capabilities
 from psycopg.rows import Row
 
-from .._backends import Channel, Expired, Job
+from .._backends import Expired, Job
 from .._backends._lock import Lock
 from .._shield import Shield
-from ._generators import EndingGenerators
+from ._losing import Losing
 from ._statements import ending_statement, name_of
 
 if TYPE_CHECKING:
@@ -39,26 +39,12 @@ class LateCancel(psycopg.OperationalError):
     """A cancel request was sent, and whether it has been dealt with can't be known."""
 
 
-class StatementStopping(EndingGenerators[Row]):
+class StatementStopping(Losing[Row]):
     """The part of `AsyncConnection` that cancels statements."""
 
     commit_timeout: float
     lock: Lock  # type: ignore[assignment]
-    _channel: Channel
-    _signalled: Any  # a `SignalledCancel`, or None
     _uncancellable: object
-
-    def _on_lost(self, error: psycopg.Error) -> None:
-        raise NotImplementedError
-
-    def _drop(self, reason: str) -> None:
-        logger.warning("closing %s: %s", self, reason)
-        error = psycopg.OperationalError(f"the connection is closed: {reason}")
-        self._channel.close(error)
-        self.pgconn.finish()
-        if self._signalled is not None:
-            self._signalled.abandon()
-        self._on_lost(error)
 
     async def _stop_statement(self, interruption: BaseException, gen: PQGen[Any]) -> None:
         """Leave nothing of an interrupted statement: on the server, in libpq, in `gen`.

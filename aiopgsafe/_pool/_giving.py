@@ -9,10 +9,10 @@ from typing import NamedTuple
 from psycopg import pq
 from psycopg_pool import PoolTimeout, TooManyRequests
 
-from .._backends import Backend, Expired
+from .._backends import Backend, Expired, sleep
 from ._cleaning import clean
 from ._connecting import FIRST_DELAY
-from ._keeping import Keeping
+from ._opening import Opening
 from ._options import Callback
 from ._places import Place, Request
 
@@ -36,13 +36,10 @@ class Deadline(NamedTuple):
         return self.when - monotonic()
 
 
-class Giving(Keeping):
+class Giving(Opening):
     """The part of `AsyncConnectionPool` that gives connections to clients."""
 
     max_waiting: int
-
-    def _check_usable(self) -> Backend:
-        raise NotImplementedError
 
     def _take(self) -> Place | None:
         """An idle connection that lives, if there is one."""
@@ -114,13 +111,8 @@ class Giving(Keeping):
         while not await self._passes(check, place):
             if deadline.left <= delay:
                 raise self._timed_out(deadline)
-            waiter = backend.waiter()
-            waiter.limit(monotonic() + delay)
+            await sleep(backend, delay)
             delay = min(2 * delay, MAX_CHECK_DELAY)
-            try:
-                await waiter.wait()
-            except Expired:
-                pass
             self._check_usable()  # it may have been closed meanwhile
             place = await self._place(backend, deadline)
         return place
