@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,6 +176,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items=[item for item, keep in zip(items, wanted, strict=True) if not keep]
         )
         items[:] = [item for item, keep in zip(items, wanted, strict=True) if keep]
+
+
+def resident() -> float:
+    """MB of memory that this process has; where there is no /proc it isn't known."""
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else nan
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class Figures:

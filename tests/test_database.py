@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -15,7 +15,7 @@ import psycopg
 import psycopg_pool
 import pytest
 
-from aiopgsafe import Database, Draining, IsolationLevel, TransactionState
+from aiopgsafe import AsyncConnection, Database, Draining, IsolationLevel, TransactionState
 from aiopgsafe.testing import CancelSweep, Delay, FaultProxy, TemporaryServer, command_complete
 from tests.conftest import sweeps
 from tests.test_cancel_on_signal import program_handler
@@ -223,7 +223,7 @@ async def test_after_the_grace_statements_are_cancelled_and_the_rest_is_closed(
         try:
             async with db.transaction() as tx:
                 await tx.execute("insert into t values (2)")
-                await anyio.sleep(0.5)
+                await cast("AsyncConnection[Any]", tx.connection).wait_disconnected()
         except psycopg.OperationalError:
             ended.append("closed")
 

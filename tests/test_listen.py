@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 
 from aiopgsafe import AsyncConnection, Database, Draining, Gap, Notify
 from aiopgsafe.testing import CancelSweep, FaultProxy, Freeze, TemporaryServer
-from tests.conftest import Figures, sweeps
+from tests.conftest import Figures, resident, sweeps
 
 pytestmark = pytest.mark.anyio
 
@@ -442,6 +442,7 @@ async def test_every_subscriber_gets_exactly_its_own(
     subscribers, channels, total = (1000, 100, 100_000) if long else (100, 10, 2_000)
     per_channel = total // channels
     wrong = 0
+    before = most = 0.0
 
     async with Database(dsn, min_size=1) as db, AsyncExitStack() as stack:
         everybody = [
@@ -460,13 +461,16 @@ async def test_every_subscriber_gets_exactly_its_own(
                 )
 
         async def send() -> None:
+            nonlocal most
             for first in range(0, per_channel, 100):
                 await db.execute(
                     "select pg_notify('c' || c, i::text)"
                     " from generate_series(%s::int, %s::int) i, generate_series(0, %s::int) c",
                     (first, min(first + 100, per_channel) - 1, channels - 1),
                 )
+                most = max(most, resident())
 
+        before = most = resident()
         with anyio.fail_after(300):
             async with anyio.create_task_group() as tasks:
                 for subscription in everybody:
@@ -474,7 +478,12 @@ async def test_every_subscriber_gets_exactly_its_own(
                 tasks.start_soon(send)
         assert not any(subscription._items for subscription in everybody)
     assert wrong == 0
-    figures(subscribers=subscribers, notifications=total, delivered=per_channel * subscribers)
+    figures(
+        subscribers=subscribers,
+        notifications=total,
+        delivered=per_channel * subscribers,
+        memory=f"{most - before:+.1f} MB at most",
+    )
 
 
 async def test_a_hundred_in_one_tls_record_on_a_silent_connection_all_arrive(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from aiopgsafe import AsyncConnection, AsyncConnectionPool, Database
 from aiopgsafe.testing import CancelSweep, TemporaryServer
-from tests.conftest import Figures, sweeps
+from tests.conftest import Figures, resident, sweeps
 
 pytestmark = pytest.mark.anyio
 
@@ -123,11 +122,6 @@ async def test_a_server_killed_under_load_is_served_again_and_nobody_gets_the_de
         first_served_after=f"{min(first):.3f} s",
         all_served_after=f"{max(first):.3f} s",
     )
-
-
-def resident() -> float:
-    """MB of memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def tasks_running() -> int:
