@@ -19,8 +19,6 @@ __all__ = ["Attempt", "Block", "ambient"]
 
 T = TypeVar("T")
 
-ACTIVE = TransactionState.ACTIVE
-
 Conn = AsyncConnection[TupleRow]
 Tx = Transaction[TupleRow]
 Pool = AsyncConnectionPool[Conn]
@@ -55,12 +53,7 @@ def ambient(pool: Pool) -> Tx | None:
     pool._check_loop()
     task = pool._own_backend().current_task()
     while frame is not None:
-        if (
-            frame.pool is pool
-            and frame.task is task
-            and frame.tx.state is ACTIVE
-            and not frame.left
-        ):
+        if frame.pool is pool and frame.task is task and not frame.left:
             return frame.tx
         frame = frame.around
     return None
@@ -91,6 +84,7 @@ class Block:
         self._entered = True
         outer = ambient(self._pool)
         if outer is not None:
+            outer._check_active("transaction()")
             conn = cast("Conn", outer.connection)
             self._tx = await conn.transaction(**self._options).__aenter__()
         else:
@@ -101,6 +95,7 @@ class Block:
             except BaseException as exc:
                 await lease.__aexit__(type(exc), exc, exc.__traceback__)
                 raise
+            self._tx._unit.give_back = lease.give_back
         self._frame = Frame(self._pool, self._tx, _frame.get())
         _frame.set(self._frame)
         return self._tx

@@ -8,24 +8,12 @@ __all__ = ["CALL", "Call", "running_call"]
 
 
 class Call:
-    """A callback that runs. Tasks that it has started inherit it, and may outlive it.
+    """A callback that runs. Tasks that it has started inherit it, and may outlive it."""
 
-    :ivar lent: a connection that the callback may use, and nobody whom it has started.
-        Were it to wait for another one of the same pool, as many blocks as that has
-        places would wait for each other.
-    :ivar task: in which it runs.
-    """
+    __slots__ = ("over",)
 
-    __slots__ = ("lent", "over", "task")
-
-    def __init__(self, lent: object) -> None:
-        self.lent = lent
+    def __init__(self) -> None:
         self.over = False
-        self.task: object = None
-
-    def end(self) -> None:
-        self.over = True
-        self.lent = None
 
 
 CALL: ContextVar[Call | None] = ContextVar("aiopgsafe_call", default=None)

@@ -64,8 +64,8 @@ class Drain:
                     waiter.wake()
 
     async def _unused(self, until: float) -> bool:
-        """Wait until no connection is in use, or `until`. Whether none is."""
-        while self._pool._in_use():
+        """Wait until nothing runs, or `until`. Whether nothing does."""
+        while self._pool._in_use() or self._pool._calls:
             self._bell = waiter = self._backend.waiter()
             waiter.limit(self._grace_until if self._in_grace else until)
             self._pool._when_given_back(waiter.wake)
@@ -88,9 +88,10 @@ class Drain:
         # Whose statement was cancelled, and who has begun another one.
         for conn in pool._in_use():
             self._drop(conn)
+        # What ends a transaction, and callbacks, have limits of their own.
         while not await self._unused(monotonic() + longest(pool._in_use(), "commit_timeout")):
-            if not any(conn._section is not None for conn in pool._in_use()):
-                return  # nobody but who keeps it in spite of all
+            if not pool._calls and not any(conn._section for conn in pool._in_use()):
+                return  # nobody but who keeps a connection in spite of all
 
     def _drop(self, conn: AsyncConnection[Any]) -> None:
         """Close it, unless it ends a transaction: that has its own limit."""
@@ -100,7 +101,7 @@ class Drain:
 
 def longest(conns: list[AsyncConnection[Any]], name: str) -> float:
     """The longest of their timeouts, in seconds."""
-    return max((getattr(conn, name) for conn in conns), default=0.0)
+    return max((getattr(conn, name) for conn in conns), default=1.0)
 
 
 class DrainWatch:

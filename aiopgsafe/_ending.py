@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -16,16 +15,15 @@ from ._backends import Backend, Channel, Expired
 from ._backends._lock import Lock
 from ._outcome import TransactionState, unknown, verdict_of_error
 from ._shield import GATE, INSIST_GRACE, Shield
+from ._unit import Callback, Unit
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
 __all__ = [
-    "Callback",
     "Section",
     "Session",
-    "Unit",
     "acquire_shielded",
     "commit",
     "no_answer",
@@ -38,7 +36,6 @@ logger = logging.getLogger("aiopgsafe")
 
 T = TypeVar("T")
 
-PENDING = TransactionState.PENDING
 ACTIVE = TransactionState.ACTIVE
 COMMITTING = TransactionState.COMMITTING
 COMMITTED = TransactionState.COMMITTED
@@ -47,18 +44,6 @@ UNKNOWN = TransactionState.UNKNOWN
 
 ROLLBACK_ATTEMPTS = 20
 """After which the session is given up: somebody cancels whatever it does."""
-
-TRANSITIONS: dict[TransactionState, tuple[TransactionState, ...]] = {
-    # ROLLED_BACK: BEGIN failed, or was undone.
-    PENDING: (ACTIVE, ROLLED_BACK),
-    # UNKNOWN: a statement inside the block was COMMIT or ROLLBACK itself.
-    ACTIVE: (COMMITTING, ROLLED_BACK, UNKNOWN),
-    COMMITTING: (COMMITTED, ROLLED_BACK, UNKNOWN),
-    COMMITTED: (),
-    ROLLED_BACK: (),
-    UNKNOWN: (),
-}
-"""The states that may follow each state. There is no way back."""
 
 
 class Session(Protocol):
@@ -77,6 +62,10 @@ class Session(Protocol):
 
     @property
     def closed(self) -> bool: ...
+
+    @property
+    def _in_transaction(self) -> bool:
+        """Whether the session is in a transaction, failed or not."""
 
     @property
     def _failed(self) -> bool:
@@ -108,47 +97,6 @@ class Session(Protocol):
 
     def _drop(self, reason: str) -> None:
         """Close the connection at once: the state of its session can't be known."""
-
-
-@dataclass(slots=True)
-class Callback:
-    owner: object
-    when: TransactionState
-    fn: Callable[[], object]
-
-
-class Unit:
-    """One transaction of the server: what a COMMIT decides about.
-
-    The outermost block has one and its savepoints share it. Savepoints inside a
-    transaction that no block began (psycopg's implicit BEGIN) share one that
-    belongs to the connection and is settled by its `commit()` or `rollback()`.
-    """
-
-    __slots__ = ("callbacks", "prepared", "state")
-
-    def __init__(self, state: TransactionState = PENDING) -> None:
-        self.state = state
-        self.prepared = False
-        """In two phases, and through the first: it outlives its session."""
-        self.callbacks: list[Callback] = []
-
-    def advance(self, state: TransactionState) -> None:
-        if state not in TRANSITIONS[self.state]:
-            raise AssertionError(f"a transaction went from {self.state} to {state}")
-        self.state = state
-
-    def take(self, savepoint: object = None) -> list[Callback]:
-        """The callbacks that are to run now; those that never will are dropped with them.
-
-        :param savepoint: one that was rolled back: only its own; None: all, by
-            what became of the transaction.
-        """
-        taken, self.callbacks = self.callbacks, []
-        if savepoint is None:
-            return [cb for cb in taken if cb.when is self.state]
-        self.callbacks = [cb for cb in taken if cb.owner is not savepoint]
-        return [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
 
 
 async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
@@ -222,9 +170,11 @@ class Section:
 
     :param committing: COMMIT will be sent. Until then an interruption is let
         through at once, and the section doesn't begin.
+    :ivar unit: that was settled, if it may give back its connection before callbacks.
     """
 
     __slots__ = (
+        "_backend",
         "_committing",
         "_locked",
         "_outer",
@@ -234,6 +184,7 @@ class Section:
         "going_through",
         "outcome",
         "shield",
+        "unit",
     )
 
     def __init__(self, session: Session, *, committing: bool = False) -> None:
@@ -245,7 +196,9 @@ class Section:
         self.outcome = ""
         self.callbacks: list[Callback] = []
         self.going_through: BaseException | None = None
+        self.unit: Unit | None = None
         self._session = session
+        self._backend = session._backend
         self._committing = committing
         self._locked = False
 
@@ -308,11 +261,16 @@ class Section:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        session, loop = self._session, self.shield.loop
         if self._locked:
-            self._session.lock.release()
-        errors = await self._call_back() if self.callbacks and exc is None else []
-        self._session._section = self._outer
-        signalled = GATE.leave(self.shield)
+            session.lock.release()
+        session._section = self._outer
+        errors: list[BaseException] = []
+        try:
+            if self.callbacks and exc is None:
+                errors = await self._call_back(session.commit_timeout)
+        finally:
+            signalled = GATE.leave(self.shield)
         if exc is not None:
             # Nothing has been ended. What was held back must not be lost for that.
             if (held := signalled or self.shield.held) is not None and held is not exc:
@@ -321,21 +279,25 @@ class Section:
         if GATE.delivered and signalled is None:
             # The handler may have cancelled this task: here is where it belongs.
             try:
-                await self._session._backend.checkpoint()
-            except self._session._backend.interruptions as interruption:
+                await self._backend.checkpoint()
+            except loop.interruptions as interruption:
                 self.shield.hold_back(interruption)
         held = signalled or self.shield.held
         if held is not None or self.error is not None or errors:
             self._let_through(held, errors)
 
-    async def _call_back(self) -> list[BaseException]:
-        session = self._session
+    async def _call_back(self, timeout: float) -> list[BaseException]:
+        """Call back, `timeout` seconds for each; from here on the session may be another's."""
         errors: list[BaseException] = []
+        if (unit := self.unit) is not None and unit.give_back is not None:
+            try:
+                await unit.give_back()
+            except self.shield.loop.interruptions as exc:
+                self.shield.hold_back(exc)
         for callback in self.callbacks:
             try:
-                await self.shield.call(callback.fn, session.commit_timeout, session)
+                await self.shield.call(callback.fn, timeout)
             except GeneratorExit:  # the coroutine is destroyed, its loop is gone
-                GATE.leave(self.shield)
                 raise
             except BaseException as error:
                 errors.append(error)
@@ -362,7 +324,7 @@ class Section:
             raise group
 
 
-async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: object = None) -> None:
+async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = None) -> None:
     """End the transaction with COMMIT: send it, believe the answer, call back.
 
     Raises what interrupted it before COMMIT was sent: `unit` is still ACTIVE then.
@@ -394,7 +356,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: object =
         if sent:
             unit.advance(verdict.state)
             if block is not None:
-                session._remove_block(block)  # its callbacks may use the connection
+                block._leave()  # its callbacks may use the connection
             section.error = verdict.error
             if session._failed:
                 # COMMIT was refused before it began (a cancel request of somebody's, a
@@ -402,6 +364,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: object =
                 await roll_back(session, section.shield, [b"ROLLBACK"])
             if unit.callbacks:
                 section.callbacks = unit.take()
+                section.unit = unit
         section.outcome = unit.state.value
 
 

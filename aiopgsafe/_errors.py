@@ -29,7 +29,7 @@ __all__ = [
     "CommitUnknown",
     "ConnectionReleased",
     "Draining",
-    "mark_not_committed",
+    "mark_retry",
     "safe_to_retry",
 ]
 
@@ -81,12 +81,16 @@ class Draining(psycopg.OperationalError):
     __module__ = "aiopgsafe"
 
 
-_NOT_COMMITTED = "_aiopgsafe_not_committed"
+_SAFE = "_aiopgsafe_safe_to_retry"
 
 
-def mark_not_committed(exc: BaseException) -> None:
-    """Note on a lost connection's error that it ended a transaction whose COMMIT was never sent."""
-    setattr(exc, _NOT_COMMITTED, True)
+def mark_retry(exc: BaseException, *, safe: bool) -> None:
+    """Note on an exception what its class doesn't tell: see `safe_to_retry()`.
+
+    :param safe: True: the transaction's COMMIT was never sent. False: what became of the
+        transaction isn't known.
+    """
+    setattr(exc, _SAFE, safe)
 
 
 def safe_to_retry(exc: BaseException) -> bool:
@@ -99,9 +103,10 @@ def safe_to_retry(exc: BaseException) -> bool:
     False for `CommitUnknown`, for other errors, and for a lost connection of which it
     isn't known what the server has done: of a single statement in autocommit mode.
     """
-    if isinstance(exc, (errors.SerializationFailure, errors.DeadlockDetected)):
-        return True
-    return getattr(exc, _NOT_COMMITTED, False) is True and not isinstance(exc, CommitUnknown)
+    marked: bool | None = getattr(exc, _SAFE, None)
+    if marked is not None:
+        return marked
+    return isinstance(exc, (errors.SerializationFailure, errors.DeadlockDetected))
 
 
 safe_to_retry.__module__ = "aiopgsafe"

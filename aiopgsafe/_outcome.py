@@ -22,7 +22,15 @@ import psycopg
 
 from ._errors import CommitRolledBack, CommitUnknown
 
-__all__ = ["COMMITTED", "TransactionState", "Verdict", "check_tag", "unknown", "verdict_of_error"]
+__all__ = [
+    "COMMITTED",
+    "TransactionState",
+    "Verdict",
+    "check_tag",
+    "ended_by_statement",
+    "unknown",
+    "verdict_of_error",
+]
 
 
 class TransactionState(Enum):
@@ -80,6 +88,13 @@ def verdict_of_error(error: Exception, *, prepared: bool = False) -> Verdict:
 
 
 COMMITTED = Verdict(TransactionState.COMMITTED)
+
+
+def ended_by_statement() -> CommitUnknown:
+    return CommitUnknown(
+        "a statement inside the block ended its transaction (COMMIT or ROLLBACK):"
+        " the block can't know which"
+    )
 
 
 def unknown(cause: Exception | None, what: str) -> Verdict:

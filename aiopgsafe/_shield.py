@@ -100,9 +100,6 @@ class EventLoop(Protocol):
     def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the loop; may be called from a signal handler."""
 
-    def current_task(self) -> object:
-        """What tells the running task from others."""
-
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
 
@@ -181,22 +178,19 @@ class Shield:
         if self._job is not None:  # one that has ended doesn't mind
             self._job.limit(self._until)
 
-    async def call(self, fn: Callable[[], object], timeout: float, lent: object = None) -> None:
+    async def call(self, fn: Callable[[], object], timeout: float) -> None:
         """Call `fn` and, if it returns an awaitable, see that through, `timeout` seconds at most.
 
         Raises what `fn` raises; TimeoutError if it had to be cancelled.
-
-        :param lent: a connection that `fn` may use meanwhile: see `Call`.
         """
         result = fn()
         if not isinstance(result, Awaitable):
             return
 
         async def see_through() -> None:
-            call.task = self.loop.current_task()
             await result
 
-        call = Call(lent)
+        call = Call()
         token = CALL.set(call)
         try:
             job = self.loop.spawn(see_through)
@@ -206,7 +200,7 @@ class Shield:
             raise TimeoutError(f"cancelled: it did not end within {timeout} seconds") from None
         finally:
             CALL.reset(token)
-            call.end()
+            call.over = True
 
 
 class Hook:

@@ -13,10 +13,11 @@ from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from ._backends import Expired
-from ._ending import Callback, Section, Session, Unit, commit, no_answer, roll_back, run
-from ._errors import mark_not_committed
-from ._outcome import TransactionState
+from ._ending import Section, Session, commit, no_answer, roll_back, run
+from ._errors import mark_retry
+from ._outcome import TransactionState, ended_by_statement
 from ._shield import Shield
+from ._unit import Callback, Unit
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, PQGen, Query
@@ -66,6 +67,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         self._outer: Transaction[Any] | None = None
         self._is_savepoint = False
         self._entered = False
+        self._left = False
         # Of a savepoint; the outermost block's state is its unit's.
         self._state = PENDING
         self._released = False
@@ -217,11 +219,11 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 elif not isinstance(exc, Exception):
                     # It hit the generator itself: what the server makes of it is open.
                     session._drop("interrupted in BEGIN")
-                session._remove_block(self)
+                self._leave()
                 self._end_as(ROLLED_BACK, self.Status.FAILED)
                 if isinstance(exc, Expired):
                     exc = no_answer("BEGIN", session.commit_timeout)
-                self._mark(exc)
+                self._mark(exc, session.closed)
                 if shield.held is not None and shield.held is not exc:
                     raise shield.held from exc
                 raise exc from None
@@ -268,8 +270,11 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
     ) -> bool:
         if exc is not None or (self.force_rollback and not self.pgconn.pipeline_status):
             swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
-            await self._roll_back(exc, going_through=None if swallowed else exc)
-            self._mark(exc)
+            lost = self._session.closed
+            try:
+                await self._roll_back(exc, going_through=None if swallowed else exc)
+            finally:
+                self._mark(exc, lost)
             return swallowed
         session, unit = self._session, self._unit
         try:
@@ -283,15 +288,20 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 await self._roll_back(None, going_through=None)
             elif self._is_savepoint:
                 await self._release()
+            elif unit.state is UNKNOWN:
+                await self._roll_back(None, going_through=None)
+                raise ended_by_statement()
             else:
                 await commit(session, unit, session._block_commit_gen(unit), self)
         except BaseException as exc:
             if unit.state is ACTIVE and not self._released:
                 # COMMIT was not sent: interrupted, or refused, before.
+                lost = session.closed
                 await self._roll_back(exc, going_through=exc)
+                self._mark(exc, lost)
             raise
         finally:
-            session._remove_block(self)
+            self._leave()
             if self.status is self.Status.ACTIVE:
                 self.status = _STATUS.get(unit.state, self.Status.FAILED)
             if self._state is ACTIVE and not self._released:
@@ -313,7 +323,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             except psycopg.Error as exc:
                 section.error = exc
             else:
-                session._remove_block(self)
+                self._leave()
                 self._released = True
                 self.status = self.Status.COMMITTED
                 for callback in self._unit.callbacks:
@@ -330,9 +340,12 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 section.shield.hold_back(exc)
             section.going_through = going_through
             section.error = self._nesting_error()
-            session._remove_block(self)
+            self._leave()
             if unit.state is ACTIVE:
                 await roll_back(session, section.shield, self._undo())
+            elif not self._is_savepoint and session._in_transaction:
+                # Begun by who has ended ours (COMMIT AND CHAIN): nobody else will end it.
+                await roll_back(session, section.shield, [b"ROLLBACK"])
             explicitly = isinstance(exc, psycopg.Rollback) or self.force_rollback
             self._end_as(
                 ROLLED_BACK,
@@ -342,15 +355,25 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             )
             section.outcome = self.state.value
             section.callbacks = unit.take(self if self._is_savepoint else None)
+            if not self._is_savepoint:
+                section.unit = unit
 
-    def _mark(self, exc: BaseException | None) -> None:
-        """COMMIT was never sent: who sees the loss of the connection may begin anew."""
-        if (
-            isinstance(exc, psycopg.OperationalError)
-            and self._session.closed
-            and self._unit.state is ROLLED_BACK
-        ):
-            mark_not_committed(exc)
+    def _mark(self, exc: BaseException | None, lost: bool) -> None:
+        """Note on what goes through the block whether its transaction may be run again.
+
+        :param lost: whether the connection is. COMMIT was never sent: who sees the loss
+            may begin anew.
+        """
+        if exc is not None and self._unit.state is UNKNOWN:
+            mark_retry(exc, safe=False)
+        elif lost and isinstance(exc, psycopg.OperationalError):
+            mark_retry(exc, safe=True)
+
+    def _leave(self) -> None:
+        """The connection is in this block no more: from here on it may be another's."""
+        if not self._left:
+            self._left = True
+            self._session._remove_block(self)
 
     def _undo(self) -> list[bytes]:
         if self._is_savepoint:

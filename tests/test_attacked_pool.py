@@ -26,6 +26,7 @@ from aiopgsafe import (
     Transaction,
     TransactionState,
 )
+from aiopgsafe._shield import GATE
 from aiopgsafe.testing import Delay, FaultProxy, TemporaryServer, command_complete
 
 pytestmark = pytest.mark.anyio
@@ -111,7 +112,7 @@ async def test_a_generator_begun_in_another_task_leaves_our_block_alone(
 async def test_callbacks_of_as_many_blocks_as_there_are_places_use_the_database(
     db: Database, admin: Admin
 ) -> None:
-    """Each callback gets the connection that has just committed."""
+    """The blocks have given their connections back before."""
 
     async def work(number: int) -> None:
         async with db.transaction() as tx:
@@ -123,6 +124,49 @@ async def test_callbacks_of_as_many_blocks_as_there_are_places_use_the_database(
             for number in range(db.pool.max_size):
                 tasks.start_soon(work, number)
     assert rows(admin) == [0, 1, 2, 10, 11, 12]
+
+
+@pytest.mark.parametrize("how", ["putconn", "close", "close in a block"])
+async def test_a_callback_that_gives_a_connection_back_disturbs_nobody(
+    dsn: str, how: str, anyio_backend: object
+) -> None:
+    """Nor does it leave signals deferred for ever."""
+    called: list[str] = []
+    pool = new_pool(dsn, min_size=2, close_returns=True)
+
+    async def in_a_block() -> None:
+        async with pool.connection() as other:
+            await other.execute("select 1")
+            await other.commit()
+            await other.close()
+
+    async with pool:
+        async with pool.connection() as conn:
+            callbacks: dict[str, Any] = {
+                "putconn": lambda: pool.putconn(conn),
+                "close": lambda: conn.close(),
+                "close in a block": in_a_block,
+            }
+            async with conn.transaction() as tx:
+                tx.on_commit(callbacks[how])
+                tx.on_commit(called.append, "second")
+        assert tx.state is TransactionState.COMMITTED
+        assert called == ["second"]
+        assert not GATE._shields
+        await pool.wait()
+        assert pool.get_stats()["pool_available"] == 2
+
+
+async def test_what_a_callback_does_to_its_connection_is_not_the_blocks_error(
+    db: Database, admin: Admin
+) -> None:
+    """The connection is the pool's by then, and refuses."""
+    with pytest.raises(ExceptionGroup, match="is committed") as caught:
+        async with db.transaction() as tx:
+            tx.on_commit(tx.connection.execute, "select 1/0")
+            await tx.execute("insert into t values (1)")
+    assert isinstance(caught.value.exceptions[0], ConnectionReleased)
+    assert rows(admin) == [1]
 
 
 async def test_a_task_that_a_callback_started_outlives_it_as_any_other_task(

@@ -28,6 +28,7 @@ STOREYS = [
     "_backends",
     "_outcome",
     "_resolver",
+    "_unit",
     "_ending",
     "_transaction",
     "_signals",

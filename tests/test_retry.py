@@ -11,6 +11,7 @@ import anyio
 import psycopg
 import pytest
 from psycopg import IsolationLevel, errors
+from psycopg.pq import TransactionStatus
 
 from aiopgsafe import (
     AsyncConnection,
@@ -146,27 +147,125 @@ async def test_other_errors_are_not_retried(db: Database) -> None:
 async def test_an_error_that_comes_after_the_commit_is_not_retried(
     db: Database, admin: Admin
 ) -> None:
-    """Of another transaction, that a callback has begun on the connection and left open."""
-    admin.execute(
-        "create function fail() returns trigger language plpgsql as"
-        " $$begin raise 'late' using errcode = '40001'; end$$"
-    )
-    admin.execute(
-        "create constraint trigger late after insert on t deferrable initially deferred"
-        " for each row when (new.id = 99) execute function fail()"
-    )
     retry = Retry()
+
+    def fail() -> None:
+        raise errors.SerializationFailure
 
     @db.atomic(retry=retry)
     async def work() -> None:
         async with db.transaction() as tx:
-            tx.on_commit(tx.connection.execute, "insert into t values (99)")
+            tx.on_commit(fail)
             await tx.execute("update t set n = n + 1")
 
-    with pytest.raises(errors.SerializationFailure):
+    with pytest.raises(ExceptionGroup, match="is committed"):
         await work()
     assert retry.retries == 0
     assert admin.execute("select n from t").fetchone() == (1,)
+
+
+ENDINGS = [
+    "commit",
+    "commit and chain",
+    "update t set n = n; commit; begin",
+    "select ';'; /* ; */ end",
+    "select 1 -- ;\n; commit",
+]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("then", ["fails", "is lost", "ends"])
+async def test_what_the_program_itself_has_committed_is_never_run_again(
+    db: Database, admin: Admin, ending: str, then: str
+) -> None:
+    retry = Retry()
+    seen: list[Any] = []
+
+    @db.atomic(retry=retry)
+    async def work() -> None:
+        async with db.transaction() as tx:
+            tx.on_rollback(seen.append, "rolled back")
+            conn = tx.connection
+            await tx.execute("update t set n = n + 1")
+            await tx.execute(ending)
+            assert tx.state is TransactionState.UNKNOWN
+            with pytest.raises(psycopg.ProgrammingError, match="is unknown"):
+                await db.execute("select 1")
+            if then == "fails":
+                raise errors.SerializationFailure
+            if then == "is lost":
+                admin.execute("select pg_terminate_backend(%s, 5000)", (conn.info.backend_pid,))
+                await conn.execute("select 1")
+
+    with pytest.raises(psycopg.OperationalError) as caught:
+        await work()
+    assert not safe_to_retry(caught.value)
+    assert (retry.retries, seen) == (0, [])
+    assert admin.execute("select n from t").fetchone() == (1,)
+    async with db.connection() as conn:
+        assert conn.info.transaction_status is TransactionStatus.IDLE
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_commit_in_any_text_whose_answer_is_lost_is_unknown(
+    proxy: FaultProxy, admin: Admin, ending: str, anyio_backend: object
+) -> None:
+    admin.execute("create table t (n int)")
+    admin.execute("insert into t values (0)")
+    retry = Retry()
+    async with Database(proxy.dsn, min_size=1) as db:
+        proxy.inject(Cut("rst"), command_complete("COMMIT"), times=1)
+
+        @db.atomic(retry=retry)
+        async def work() -> None:
+            await db.execute("update t set n = n + 1")
+            await db.execute(ending)
+
+        with pytest.raises(psycopg.OperationalError) as caught:
+            await work()
+        assert not safe_to_retry(caught.value)
+    assert retry.retries == 0
+    assert admin.execute("select n from t").fetchone() == (1,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select case when true then 1 end",
+        "do $$begin perform 1; end$$",
+        "select ';commit', $x$;commit$x$, E'\\';commit' -- ;commit",
+        'select 1 as ";commit" /* ;commit /* */ ;commit */',
+        "rollback to savepoint s",
+        "rollback work to s; select 1",
+        "select 'commit'",
+    ],
+)
+async def test_what_only_looks_like_commit_leaves_the_block_its_transaction(
+    db: Database, admin: Admin, text: str
+) -> None:
+    async with db.transaction() as tx:
+        await tx.execute("update t set n = n + 1")
+        await tx.execute("savepoint s")
+        await tx.execute(text)
+        assert tx.state is TransactionState.ACTIVE
+    assert tx.state is TransactionState.COMMITTED
+    assert admin.execute("select n from t").fetchone() == (1,)
+
+
+async def test_a_commit_that_never_was_sent_or_refused_leaves_the_block_its_transaction(
+    db: Database, admin: Admin
+) -> None:
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        async with db.transaction() as tx:
+            await tx.execute("update t set n = n + 1")
+            await tx.execute("select 1/0; commit")
+    assert tx.state is TransactionState.ROLLED_BACK
+    with pytest.raises(psycopg.ProgrammingError):
+        async with db.transaction() as tx:
+            await tx.execute("update t set n = n + 1")
+            await tx.execute("commit -- %s %s", (1,))
+    assert tx.state is TransactionState.ROLLED_BACK
+    assert admin.execute("select n from t").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("cursor", ["ours", "client", "pipeline"])

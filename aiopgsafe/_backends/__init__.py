@@ -186,6 +186,9 @@ class Backend(EventLoop, Protocol):
     def is_current(self) -> bool:
         """Whether we are in this loop."""
 
+    def current_task(self) -> object:
+        """What tells the running task from others."""
+
     def take_signal(self, signum: int, handler: object) -> LoopHandler | None:
         """Take a handler from the loop (`loop.add_signal_handler()`) that it calls by itself.
 

@@ -23,10 +23,11 @@ from psycopg.rows import AsyncRowFactory, Row, TupleRow, tuple_row
 from .. import _backends
 from .._backends import Expired, Waiter
 from .._backends._lock import Lock
-from .._ending import Section, Unit, commit, rollback, run
+from .._ending import Section, commit, rollback, run
 from .._outcome import TransactionState
 from .._shield import Shield
 from .._transaction import Transaction
+from .._unit import Unit
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
 from ._events import ConnectionEvents
@@ -35,7 +36,7 @@ from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import ending_statement, statement_listens
+from ._statements import ENDS, LISTENS, traits_of
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -223,16 +224,18 @@ class AsyncConnection(ConnectionEvents[Row]):
         :param interval: for compatibility; nothing is polled here.
         :param timeout: seconds after which psycopg's ``_WaitTimeout`` is raised.
         """
-        if not self._told.listening and statement_listens(gen):
+        found = traits_of(gen)
+        if found & LISTENS:
             self._told.listening = True
-        in_transaction = self._blocks or self._unit
-        ending = in_transaction and ending_statement(gen, self._pipeline)
-        try:
+        if not found & ENDS:
             return await self._drive(gen, timeout)
-        except BaseException:
-            if ending and self.closed:
-                self._lost_in_ending()
+        try:
+            result = await self._drive(gen, timeout)
+        except BaseException as exc:
+            self._ended_by_statement(exc)
             raise
+        self._ended_by_statement(None)
+        return result
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel
@@ -353,7 +356,9 @@ class AsyncConnection(ConnectionEvents[Row]):
             self._settled(unit)
 
     def _settled(self, unit: Unit | None) -> None:
-        if unit is not None and unit.state is not TransactionState.ACTIVE:
+        # Asked for like that: a callback may have given the connection back.
+        ours = self.__dict__.get("_unit")
+        if unit is not None and unit.state is not TransactionState.ACTIVE and unit is ours:
             self._unit = None
 
     def transaction(  # type: ignore[override]  # psycopg's is a generator around a block

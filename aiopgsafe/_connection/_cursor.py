@@ -12,7 +12,7 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._statements import is_ending, listens
+from ._statements import ENDS, LISTENS, traits
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -38,9 +38,9 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     ) -> Self:
         """Execute a query, as `psycopg.AsyncCursor.execute()` does."""
         conn: Any = self._conn
-        told = conn._told
-        if not told.listening and listens(query):
-            told.listening = True
+        found = traits(query, self)
+        if found & LISTENS:
+            conn._told.listening = True
         # Not `async with`: two coroutines less, at each statement.
         lock: Lock = conn.lock
         if not lock.try_acquire():
@@ -48,13 +48,15 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         try:
             await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
         except BaseException as exc:
-            if conn.closed and is_ending(query, self):
-                conn._lost_in_ending()
+            if found & ENDS:
+                conn._ended_by_statement(exc)
             if isinstance(exc, errors._NO_TRACEBACK):
                 raise exc.with_traceback(None)  # noqa: B904
             raise
         finally:
             lock.release()
+        if found & ENDS:
+            conn._ended_by_statement(None)
         return self
 
 

@@ -13,16 +13,15 @@ from psycopg import IsolationLevel, errors, generators, pq
 from psycopg.rows import Row
 
 from .._backends import Backend
-from .._errors import CommitUnknown
-from .._outcome import TransactionState, check_tag
+from .._outcome import TransactionState, check_tag, ended_by_statement
 
 if TYPE_CHECKING:
     from psycopg import Xid
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn, PGresult
 
-    from .._ending import Unit
     from .._transaction import Transaction
+    from .._unit import Unit
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -75,8 +74,17 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if not self._autocommit and self.pgconn.transaction_status == IDLE:
             yield from self._commands_gen(self._begin_commands(self._time_left()))
 
-    def _lost_in_ending(self) -> None:
-        """The connection is lost, and with it the answer to a COMMIT of the program's own."""
+    def _ended_by_statement(self, error: BaseException | None) -> None:
+        """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
+
+        What became of the transaction the program may know; its block doesn't. Where
+        the server, or psycopg, has refused the statement, the transaction goes on.
+
+        :param error: that the statement ended with.
+        """
+        status = self.pgconn.transaction_status
+        if isinstance(error, psycopg.Error) and status in (INTRANS, INERROR):
+            return
         for unit in (self._blocks[-1]._unit if self._blocks else None, self._unit):
             if unit is not None and unit.state is TransactionState.ACTIVE:
                 unit.advance(TransactionState.UNKNOWN)
@@ -191,10 +199,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
             yield from self._sync_gen()
         if self.pgconn.transaction_status == IDLE:
             unit.advance(TransactionState.COMMITTING)
-            raise CommitUnknown(
-                "a statement inside the block ended its transaction (COMMIT or ROLLBACK):"
-                " the block can't know which"
-            )
+            raise ended_by_statement()
         if self.pgconn.transaction_status != INTRANS:
             self._check_not_active()
         return (yield from self._send_commit_gen(unit))
@@ -223,6 +228,10 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if results[-1].status != COMMAND_OK:
             raise errors.error_from_result(results[-1], encoding=self.pgconn._encoding)
         return results[0].get_value(0, 0) or b"0"
+
+    @property
+    def _in_transaction(self) -> bool:
+        return self.pgconn.transaction_status in (INTRANS, INERROR)
 
     @property
     def _failed(self) -> bool:

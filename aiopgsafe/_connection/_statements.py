@@ -1,4 +1,4 @@
-"""Which statement is in flight, when it matters."""
+"""What a statement's text says of it, where that matters."""
 
 from __future__ import annotations
 
@@ -12,40 +12,74 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-_ENDS_TRANSACTION = re.compile(
-    rb"(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE
+LISTENS, ENDS = 1, 2
+"""Traits: it may contain LISTEN; one of its commands ends the transaction."""
+
+_WORDS = (b"commit", b"end", b"rollback", b"abort", b"prepare")
+_ENDING = re.compile(
+    rb"(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
+    rb"|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",  # to a savepoint
+    re.IGNORECASE,
 )
-_SPACE = re.compile(rb"(?:[\s;]|--[^\n]*(?:\n|\Z))*+")
+_TOKEN = re.compile(
+    rb"""[eE]'(?:[^'\\]|\\.|'')*+(?:'|\Z)
+    | '(?:[^']|'')*+(?:'|\Z)
+    | "(?:[^"]|"")*+(?:"|\Z)
+    | \$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|\Z)
+    | --[^\n]*+
+    | /\*
+    | ;
+    | [A-Za-z_\x80-\xff][\w$\x80-\xff]*+
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 _COMMENT = re.compile(rb"/\*|\*/")
 
 
-def ends_transaction(text: bytes) -> bool:
-    """Whether the first command of `text` is COMMIT, ROLLBACK or the like."""
-    at = 0
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-        if not text.startswith(b"/*", at):
-            return _ENDS_TRANSACTION.match(text, at) is not None
-        depth = 0  # they nest, in PostgreSQL
-        for mark in _COMMENT.finditer(text, at):
-            depth += 1 if mark.group() == b"/*" else -1
-            if depth == 0:
-                at = mark.end()
-                break
-        else:
-            return False
-
-
-def listens(query: Query) -> bool:
-    """Whether it may contain LISTEN: asked for each statement, may err on the safe side."""
+def traits(query: Query, cursor: psycopg.AsyncCursor[Any]) -> int:
+    """LISTENS, ENDS, both, or 0. Asked for each statement; of LISTEN it errs on the safe side."""
     if query.__class__ is str or query.__class__ is bytes:
-        return _listens(query)
-    return "listen" in repr(query).lower()
+        return _traits(query)
+    text = repr(query).lower().encode()
+    if b"listen" not in text and not any(word in text for word in _WORDS):
+        return 0
+    return _traits(query.as_bytes(cursor) if isinstance(query, sql.Composable) else text)
 
 
 @lru_cache(1024)
-def _listens(query: str | bytes) -> bool:
-    return (b"listen" if isinstance(query, bytes) else "listen") in query.lower()  # type: ignore[operator]
+def _traits(query: str | bytes) -> int:
+    text = query.encode() if isinstance(query, str) else query
+    lower = text.lower()
+    found = LISTENS if b"listen" in lower else 0
+    if any(word in lower for word in _WORDS) and ends_transaction(text):
+        found |= ENDS
+    return found
+
+
+def ends_transaction(text: bytes) -> bool:
+    """Whether any command of `text` is COMMIT, ROLLBACK or the like."""
+    at, first = 0, True
+    while (token := _TOKEN.search(text, at)) is not None:
+        at = token.end()
+        word = token.group()
+        if word == b"/*":
+            at = _end_of_comment(text, token.start())
+        elif word == b";":
+            first = True
+        elif not word.startswith(b"--"):
+            if first and _ENDING.match(text, token.start()):
+                return True
+            first = False
+    return False
+
+
+def _end_of_comment(text: bytes, start: int) -> int:
+    depth = 0  # they nest, in PostgreSQL
+    for mark in _COMMENT.finditer(text, start):
+        depth += 1 if mark.group() == b"/*" else -1
+        if depth == 0:
+            return mark.end()
+    return len(text)
 
 
 _STATEMENTS = (
@@ -57,11 +91,12 @@ _STATEMENTS = (
 """psycopg's generators that are given a query, of any class of cursor."""
 
 
-def statement_listens(gen: PQGen[Any]) -> bool:
-    """Whether a generator that hasn't begun sends what may contain LISTEN."""
-    if name_of(gen) not in _STATEMENTS:
-        return False
-    return listens(cast("Any", gen).gi_frame.f_locals["query"])
+def traits_of(gen: PQGen[Any]) -> int:
+    """`traits()` of what a generator sends, if it is one that sends a query."""
+    frame = getattr(gen, "gi_frame", None)
+    if frame is None or name_of(gen) not in _STATEMENTS:
+        return 0
+    return traits(frame.f_locals["query"], frame.f_locals["self"])
 
 
 def name_of(gen: PQGen[Any]) -> str:
@@ -81,23 +116,8 @@ def ending_statement(
     """
     for queued in pipeline.result_queue if pipeline is not None else ():
         sent = getattr(queued[0], "_query", None) if queued is not None else None
-        if sent is not None and ends_transaction(sent.query):
+        if sent is not None and _traits(sent.query) & ENDS:
             return cast("psycopg.AsyncCursor[Any]", queued[0])  # type: ignore[index]
-    frame = getattr(gen, "gi_frame", None)
-    if frame is None or frame.f_code.co_name != "_execute_gen":
-        return None
-    cursor = cast("psycopg.AsyncCursor[Any]", frame.f_locals["self"])
-    return cursor if is_ending(frame.f_locals["query"], cursor) else None
-
-
-def is_ending(query: Query, cursor: psycopg.AsyncCursor[Any]) -> bool:
-    """Whether the query is a statement that ends a transaction."""
-    if isinstance(query, str):
-        text = query.encode()
-    elif isinstance(query, bytes):
-        text = query
-    elif isinstance(query, sql.Composable):
-        text = query.as_bytes(cursor)
-    else:
-        return False
-    return ends_transaction(text)
+    if traits_of(gen) & ENDS:
+        return cast("psycopg.AsyncCursor[Any]", cast("Any", gen).gi_frame.f_locals["self"])
+    return None

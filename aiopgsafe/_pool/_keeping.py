@@ -39,6 +39,7 @@ class Keeping:
     max_lifetime: float
     _backend: Backend | None
     _bell: Waiter | None
+    _calls: int  # blocks whose callbacks run
     _closed: bool
     _connector: Connector
     _drained_at: float
@@ -187,6 +188,14 @@ class Keeping:
             self._retire(place)
         else:
             self._return(place)
+
+    def _calls_begin(self) -> None:
+        """Callbacks of a block run that has given its connection back."""
+        self._calls += 1
+
+    def _calls_ended(self) -> None:
+        self._calls -= 1
+        self._given_back()
 
     def _in_use(self) -> list[AsyncConnection[Any]]:
         return [place.conn for place in self._places.used if not place.conn.closed]

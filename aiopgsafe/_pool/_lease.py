@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psycopg import pq
 
-from .._calls import CALL, Call
 from .._connection import AsyncConnection
 from .._errors import ConnectionReleased
 
@@ -23,14 +22,14 @@ IDLE = pq.TransactionStatus.IDLE
 class Lease(Generic[ConnectionT]):
     """``async with`` it: a connection of the pool's, given back at the end."""
 
-    __slots__ = ("_call", "_conn", "_entered", "_pool", "_since", "_timeout")
+    __slots__ = ("_conn", "_entered", "_given_back", "_pool", "_since", "_timeout")
 
     def __init__(self, pool: AsyncConnectionPool[ConnectionT], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
         self._entered = False
+        self._given_back = False
         self._conn: ConnectionT | None = None
-        self._call: Call | None = None
         self._since = 0.0
 
     async def __aenter__(self) -> ConnectionT:
@@ -39,11 +38,7 @@ class Lease(Generic[ConnectionT]):
         self._entered = True
         pool = self._pool
         try:
-            conn = None
-            if (call := CALL.get()) is not None:
-                conn = self._borrow(call)
-            if conn is None:
-                conn = pool._get_idle() or await pool._get(self._timeout)
+            conn = pool._get_idle() or await pool._get(self._timeout)
         except BaseException:
             self._entered = False
             raise
@@ -51,35 +46,19 @@ class Lease(Generic[ConnectionT]):
         self._since = monotonic()
         return conn
 
-    def _borrow(self, call: Call) -> ConnectionT | None:
-        """In a callback of a transaction: the connection that has just ended it.
-
-        Its block keeps it until the callbacks have run. A second one for each of them
-        would let as many blocks as the pool has places wait for each other.
-        """
-        if not isinstance(conn := call.lent, AsyncConnection):
-            return None
-        if (
-            call.task is not conn._backend.current_task()
-            or conn._pool is not self._pool
-            or conn.closed
-            or conn.pgconn.transaction_status != IDLE
-            or conn.lock.locked()
-        ):
-            return None
-        self._call = call
-        call.lent = None
-        return cast("ConnectionT", conn)
-
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        conn, self._conn = self._conn, None
-        assert conn is not None
         self._entered = False
+        if self._given_back:
+            self._given_back = False
+            self._pool._calls_ended()
+            return
+        conn = self._conn
+        assert conn is not None
         pool = self._pool
         try:
             if conn._pool is not pool:  # closed in the block
@@ -91,12 +70,19 @@ class Lease(Generic[ConnectionT]):
             if conn.pgconn.transaction_status != IDLE or conn._unit is not None:
                 await conn.__aexit__(exc_type, exc, tb)
         finally:
-            if self._call is not None:
-                # Its block gives it back, and cleans it: here it is only lent on.
-                if not self._call.over:
-                    self._call.lent = conn
-                self._call = None
-            else:
-                pool._stats["usage_ms"] += int((monotonic() - self._since) * 1000)
-                if not pool._put_back(conn):
-                    await pool._clean(conn)
+            await self._give_back(conn)
+
+    async def give_back(self) -> None:
+        """Before the block is left: callbacks that still run don't need the connection."""
+        conn = self._conn
+        assert conn is not None
+        self._given_back = True
+        self._pool._calls_begin()
+        await self._give_back(conn)
+
+    async def _give_back(self, conn: ConnectionT) -> None:
+        pool = self._pool
+        self._conn = None
+        pool._stats["usage_ms"] += int((monotonic() - self._since) * 1000)
+        if not pool._put_back(conn):
+            await pool._clean(conn)

@@ -113,6 +113,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self._closed = True
         self._opening = False
         self._open_implicitly = open is None
+        self._calls = 0
         self._drained_at = 0.0
         self._refusal = ""
         self._on_return: Callable[[], object] | None = None

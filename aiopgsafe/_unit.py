@@ -1,0 +1,76 @@
+"""One transaction of the server, and the table of its states."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ._outcome import TransactionState
+
+__all__ = ["TRANSITIONS", "Callback", "Unit"]
+
+PENDING = TransactionState.PENDING
+ACTIVE = TransactionState.ACTIVE
+COMMITTING = TransactionState.COMMITTING
+COMMITTED = TransactionState.COMMITTED
+ROLLED_BACK = TransactionState.ROLLED_BACK
+UNKNOWN = TransactionState.UNKNOWN
+
+TRANSITIONS: dict[TransactionState, tuple[TransactionState, ...]] = {
+    # ROLLED_BACK: BEGIN failed, or was undone.
+    PENDING: (ACTIVE, ROLLED_BACK),
+    # UNKNOWN: a statement inside the block was COMMIT or ROLLBACK itself.
+    ACTIVE: (COMMITTING, ROLLED_BACK, UNKNOWN),
+    COMMITTING: (COMMITTED, ROLLED_BACK, UNKNOWN),
+    COMMITTED: (),
+    ROLLED_BACK: (),
+    UNKNOWN: (),
+}
+"""The states that may follow each state. There is no way back."""
+
+
+@dataclass(slots=True)
+class Callback:
+    owner: object
+    when: TransactionState
+    fn: Callable[[], object]
+
+
+class Unit:
+    """One transaction of the server: what a COMMIT decides about.
+
+    The outermost block has one and its savepoints share it. Savepoints inside a
+    transaction that no block began (psycopg's implicit BEGIN) share one that
+    belongs to the connection and is settled by its `commit()` or `rollback()`.
+    """
+
+    __slots__ = ("callbacks", "give_back", "prepared", "state")
+
+    def __init__(self, state: TransactionState = PENDING) -> None:
+        self.state = state
+        self.give_back: Callable[[], Awaitable[None]] | None = None
+        """Gives the connection back to its pool before callbacks run, where nobody needs it more.
+
+        Were they to wait for another one while their block keeps its own, as many
+        blocks as the pool has places would wait for each other.
+        """
+        self.prepared = False
+        """In two phases, and through the first: it outlives its session."""
+        self.callbacks: list[Callback] = []
+
+    def advance(self, state: TransactionState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"a transaction went from {self.state} to {state}")
+        self.state = state
+
+    def take(self, savepoint: object = None) -> list[Callback]:
+        """The callbacks that are to run now; those that never will are dropped with them.
+
+        :param savepoint: one that was rolled back: only its own; None: all, by
+            what became of the transaction.
+        """
+        taken, self.callbacks = self.callbacks, []
+        if savepoint is None:
+            return [cb for cb in taken if cb.when is self.state]
+        self.callbacks = [cb for cb in taken if cb.owner is not savepoint]
+        return [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
