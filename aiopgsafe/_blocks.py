@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeAlias, TypeVar, cast
 
-from psycopg.rows import TupleRow
+from psycopg.rows import Row
 
 from ._connection import AsyncConnection
 from ._outcome import TransactionState
@@ -19,9 +19,8 @@ __all__ = ["Attempt", "Block", "ambient"]
 
 T = TypeVar("T")
 
-Conn = AsyncConnection[TupleRow]
-Tx = Transaction[TupleRow]
-Pool = AsyncConnectionPool[Conn]
+Pool: TypeAlias = AsyncConnectionPool[AsyncConnection[Row]]
+Options = dict[str, Any]
 
 
 class Frame:
@@ -31,10 +30,13 @@ class Frame:
     tasks: a frame that was left counts for nothing, wherever it stands.
     """
 
-    __slots__ = ("around", "left", "pool", "task", "tx")
+    __slots__ = ("around", "left", "options", "pool", "task", "tx")
 
-    def __init__(self, pool: Pool, tx: Tx, around: Frame | None) -> None:
+    def __init__(
+        self, pool: Pool[Any], tx: Transaction[Any], options: Options, around: Frame | None
+    ) -> None:
         self.pool = pool
+        self.options = options
         self.task = pool._own_backend().current_task()
         self.tx = tx
         self.around = around
@@ -45,8 +47,13 @@ _frame: ContextVar[Frame | None] = ContextVar("aiopgsafe_frame", default=None)
 """Inherited by child tasks, in which it counts for nothing: see `Frame.task`."""
 
 
-def ambient(pool: Pool) -> Tx | None:
+def ambient(pool: Pool[Row]) -> Transaction[Row] | None:
     """The running task's innermost transaction on `pool`, if it is in one."""
+    frame = ambient_frame(pool)
+    return None if frame is None else frame.tx
+
+
+def ambient_frame(pool: Pool[Any]) -> Frame | None:
     frame = _frame.get()
     if frame is None:
         return None
@@ -54,23 +61,23 @@ def ambient(pool: Pool) -> Tx | None:
     task = pool._own_backend().current_task()
     while frame is not None:
         if frame.pool is pool and frame.task is task and not frame.left:
-            return frame.tx
+            return frame
         frame = frame.around
     return None
 
 
-class Block:
+class Block(Generic[Row]):
     """``async with`` it: what `Database.transaction()` returns."""
 
     __slots__ = ("_entered", "_frame", "_lease", "_options", "_pool", "_timeout", "_tx")
 
-    def __init__(self, pool: Pool, timeout: float | None, options: dict[str, Any]) -> None:
+    def __init__(self, pool: Pool[Row], timeout: float | None, options: Options) -> None:
         self._pool = pool
         self._timeout = timeout
         self._options = options
         self._entered = False
-        self._lease: Lease[Conn] | None = None
-        self._tx: Tx | None = None
+        self._lease: Lease[AsyncConnection[Row]] | None = None
+        self._tx: Transaction[Row] | None = None
         self._frame: Frame | None = None
 
     @property
@@ -78,15 +85,22 @@ class Block:
         """What is known of its transaction."""
         return TransactionState.PENDING if self._tx is None else self._tx.state
 
-    async def __aenter__(self) -> Tx:
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"{name!r} is the transaction's: `async with db.transaction() as tx` gives it"
+        )
+
+    async def __aenter__(self) -> Transaction[Row]:
         if self._entered:
             raise TypeError("transaction blocks can be used only once")
         self._entered = True
-        outer = ambient(self._pool)
+        outer = ambient_frame(self._pool)
         if outer is not None:
-            outer._check_active("transaction()")
-            conn = cast("Conn", outer.connection)
-            self._tx = await conn.transaction(**self._options).__aenter__()
+            outer.tx._check_active("transaction()")
+            conn = cast("AsyncConnection[Row]", outer.tx.connection)
+            # A savepoint has none of its own: those of its transaction are fine.
+            options = {} if self._options == outer.options else self._options
+            self._tx = await conn.transaction(**options).__aenter__()
         else:
             self._lease = lease = self._pool.connection(self._timeout)
             conn = await lease.__aenter__()
@@ -96,7 +110,8 @@ class Block:
                 await lease.__aexit__(type(exc), exc, exc.__traceback__)
                 raise
             self._tx._unit.give_back = lease.give_back
-        self._frame = Frame(self._pool, self._tx, _frame.get())
+        begun = self._options if outer is None else outer.options
+        self._frame = Frame(self._pool, self._tx, begun, _frame.get())
         _frame.set(self._frame)
         return self._tx
 
@@ -129,7 +144,9 @@ class Block:
 class Attempt(Generic[T]):
     """A function's run in a transaction, each time it is called."""
 
-    def __init__(self, new_block: Callable[[], Block], work: Callable[[], Awaitable[T]]) -> None:
+    def __init__(
+        self, new_block: Callable[[], Block[Any]], work: Callable[[], Awaitable[T]]
+    ) -> None:
         self._new_block = new_block
         self._work = work
         self._block = new_block()

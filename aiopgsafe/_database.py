@@ -6,26 +6,28 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from inspect import iscoroutinefunction
+from itertools import count
 from signal import SIGTERM
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 import psycopg
 from psycopg import IsolationLevel
-from psycopg.rows import TupleRow
+from psycopg.rows import AsyncRowFactory, Row
 from psycopg_pool import PoolClosed
 
 from ._blocks import Attempt, Block, ambient
 from ._connection import AsyncConnection
 from ._connection._connecting import check_timeout
-from ._draining import Drain, DrainWatch
+from ._connection._generators import isolation
+from ._draining import Drain, draining_on
 from ._listener import Hub, Subscription, check_channel, check_payload
 from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
 from ._pool._options import check_seconds
 from ._retry import Retry, retrying
-from ._signals import watching
+from ._transaction import Transaction
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -35,13 +37,15 @@ __all__ = ["Database"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Conn = AsyncConnection[TupleRow]
+Pool: TypeAlias = AsyncConnectionPool[AsyncConnection[Row]]
+
+_numbers = count(1)
 
 STOP_TIMEOUT = 5.0
 """Seconds for the listener to end when the database is closed."""
 
 
-class Database:
+class Database(Generic[Row]):
     """A database, as an application opens it once.
 
     ::
@@ -66,12 +70,12 @@ class Database:
         self,
         conninfo: str | Callable[[], str] | Callable[[], Awaitable[str]] = "",
         *,
-        connection_class: type[Conn] = AsyncConnection,
+        connection_class: type[AsyncConnection[Row]] | None = None,
         min_size: int = 4,
         max_size: int | None = None,
-        configure: Callable[[Conn], Awaitable[None]] | None = None,
-        check: Callable[[Conn], Awaitable[None]] | None = None,
-        reset: Callable[[Conn], Awaitable[None]] | None = None,
+        configure: Callable[[AsyncConnection[Row]], Awaitable[None]] | None = None,
+        check: Callable[[AsyncConnection[Row]], Awaitable[None]] | None = None,
+        reset: Callable[[AsyncConnection[Row]], Awaitable[None]] | None = None,
         name: str | None = None,
         timeout: float = 30.0,
         max_waiting: int = 0,
@@ -80,6 +84,7 @@ class Database:
         reconnect_timeout: float = 5 * 60.0,
         reconnect_failed: Callable[[Any], object] | None = None,
         num_workers: int = 3,
+        row_factory: AsyncRowFactory[Row] | None = None,
         listen_conninfo: str | None = None,
         heartbeat: float = 10.0,
         heartbeat_timeout: float = 5.0,
@@ -87,9 +92,12 @@ class Database:
     ) -> None:
         check_timeout("heartbeat", heartbeat)
         check_timeout("heartbeat_timeout", heartbeat_timeout)
-        self.pool: AsyncConnectionPool[Conn] = AsyncConnectionPool(
+        if row_factory is not None:
+            kwargs["row_factory"] = row_factory
+        self._new_pool: Callable[[], Pool[Row]] = partial(
+            AsyncConnectionPool,
             conninfo,
-            connection_class=connection_class,
+            connection_class=connection_class or AsyncConnection,
             kwargs=kwargs,
             min_size=min_size,
             max_size=max_size,
@@ -97,7 +105,7 @@ class Database:
             configure=configure,
             check=check,
             reset=reset,
-            name=name,
+            name=name or f"database-{next(_numbers)}",
             timeout=timeout,
             max_waiting=max_waiting,
             max_lifetime=max_lifetime,
@@ -106,6 +114,8 @@ class Database:
             reconnect_failed=reconnect_failed,
             num_workers=num_workers,
         )
+        self.pool: Pool[Row] = self._new_pool()
+        """Its pool; another one each time it is opened."""
         self._listen_conninfo = listen_conninfo
         self._heartbeat = heartbeat, heartbeat_timeout
         self._hub: Hub | None = None
@@ -122,9 +132,14 @@ class Database:
         :param wait: make the first connection before anything else, and raise why that
             isn't possible, at once. False: open in any case, and connect in the background.
 
+        It may be closed and opened again, in another event loop, too.
+
         Raises what `AsyncConnection.connect()` does, `psycopg.InterfaceError` if it is open
-        already, `PoolClosed` if it has been closed.
+        already; `PoolClosed` if it is closed meanwhile.
         """
+        if self.pool._used_up:
+            self.pool = self._new_pool()
+            self._hub = self._drain = None
         if not self.pool.closed:
             raise psycopg.InterfaceError(f"{self!r} is open already")
         if wait:
@@ -153,7 +168,7 @@ class Database:
 
     # Work
 
-    def connection(self, timeout: float | None = None) -> Lease[Conn]:
+    def connection(self, timeout: float | None = None) -> Lease[AsyncConnection[Row]]:
         """A connection for a block: `AsyncConnectionPool.connection()`."""
         return self.pool.connection(timeout)
 
@@ -164,7 +179,7 @@ class Database:
         read_only: bool | None = None,
         deferrable: bool | None = None,
         timeout: float | None = None,
-    ) -> Block:
+    ) -> Block[Row]:
         """A transaction for a block: ``async with db.transaction() as tx``.
 
         Inside another one of the same task it is a savepoint of that. A task that was
@@ -175,8 +190,13 @@ class Database:
         :param deferrable: as in `AsyncConnection.transaction()`.
         :param timeout: seconds to wait for a connection; None: the pool's.
 
-        Entering raises what `connection()` and `AsyncConnection.transaction()` do.
+        Inside another one they must be as that one's, or not given.
+
+        Raises `ValueError` for an unknown isolation level. Entering raises what
+        `connection()` and `AsyncConnection.transaction()` do.
         """
+        if isolation_level is not None:
+            isolation_level = isolation(isolation_level)
         options = {}
         if (isolation_level, read_only, deferrable) != (None, None, None):
             options = {
@@ -235,9 +255,27 @@ class Database:
 
         return in_transaction
 
-    async def execute(
-        self, query: Query, params: Params | None = None
-    ) -> psycopg.AsyncCursor[TupleRow]:
+    def on_commit(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """`Transaction.on_commit()` of the transaction that the running task is in.
+
+        Raises `psycopg.ProgrammingError` if it is in none.
+        """
+        self._ambient("on_commit()").on_commit(fn, *args, **kwargs)
+
+    def on_rollback(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """`Transaction.on_rollback()` of the transaction that the running task is in.
+
+        Raises `psycopg.ProgrammingError` if it is in none.
+        """
+        self._ambient("on_rollback()").on_rollback(fn, *args, **kwargs)
+
+    def _ambient(self, what: str) -> Transaction[Row]:
+        tx = ambient(self.pool)
+        if tx is None:
+            raise psycopg.ProgrammingError(f"{what} is for use inside a transaction()")
+        return tx
+
+    async def execute(self, query: Query, params: Params | None = None) -> psycopg.AsyncCursor[Row]:
         """Execute one statement; its result is in the cursor that is returned.
 
         Inside a `transaction()` of the same task it belongs to that. Otherwise it is a
@@ -359,13 +397,16 @@ class Database:
         """Let the first of `signals` drain the database, during a ``with`` block.
 
         A second one cuts the grace short. When everything is closed, the program's own
-        handler gets the signal; as well every further one.
+        handler gets the signal. Without one the block is left then: its body is cancelled
+        (as by a cancel scope) if it still waits, and the program goes on behind it. Every
+        further signal is the program's.
 
         :param signals: as in `signal`; SIGTERM if none is given.
         :param grace: seconds, as in `drain()`.
 
-        Entering raises `RuntimeError` outside of the main thread.
+        Entering raises `RuntimeError` outside of the main thread, `ValueError` for a signal
+        that can't be caught.
         """
         check_seconds(grace=grace)
         backend = self.pool._check_usable()
-        return watching(signals or (SIGTERM,), backend, DrainWatch(backend, self.drain, grace))
+        return draining_on(signals or (SIGTERM,), backend, self.drain, grace)

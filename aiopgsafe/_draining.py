@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from time import monotonic
 from typing import Any
 
+import anyio
+
 from ._backends import Backend, Background, Expired, Waiter
 from ._connection import AsyncConnection
 from ._pool import AsyncConnectionPool
-from ._signals import Arrival
+from ._signals import Arrival, ends_the_program, watching
 
 
 class Drain:
@@ -104,15 +107,41 @@ def longest(conns: list[AsyncConnection[Any]], name: str) -> float:
     return max((getattr(conn, name) for conn in conns), default=1.0)
 
 
+@contextmanager
+def draining_on(
+    signals: Sequence[int],
+    backend: Backend,
+    drain: Callable[[float], Awaitable[None]],
+    grace: float,
+) -> Iterator[None]:
+    """Let the first of `signals` drain, during the block: see `Database.drain_on_signal()`.
+
+    :param drain: `Database.drain()`.
+    """
+    watch = DrainWatch(backend, drain, grace)
+    if not any(ends_the_program(signum) for signum in signals):
+        with watching(signals, backend, watch):
+            yield
+        return
+    # Nobody has said what is to become of the program: it goes on behind the block.
+    with anyio.CancelScope() as scope, watching(signals, backend, watch, scope.cancel):
+        try:
+            yield
+        finally:
+            watch.left = True
+
+
 class DrainWatch:
     """Asked when the signal arrives: the first drains, the second cuts the grace short.
 
-    :param drain: `Database.drain()`.
+    :ivar left: the block was left meanwhile, by a program that has no handler: it needn't
+        be told any more.
     """
 
     def __init__(
         self, backend: Backend, drain: Callable[[float], Awaitable[None]], grace: float
     ) -> None:
+        self.left = False
         self._backend = backend
         self._drain = drain
         self._grace = grace
@@ -137,7 +166,10 @@ class DrainWatch:
         finally:
             # Of several databases the last one passes it on.
             self._drained = True
-            arrival.go_on()
+            if self.left:
+                arrival.hit()
+            else:
+                arrival.go_on()
 
     async def _second(self, arrival: Arrival) -> None:
         arrival.hit()

@@ -155,7 +155,8 @@ async def roll_back(session: Session, shield: Shield, commands: Sequence[bytes])
     except Expired:
         session._drop("no answer to ROLLBACK")
     except Exception as exc:
-        logger.warning("error ignored in rollback on %s: %s", session, exc)
+        level = logging.DEBUG if session.closed else logging.WARNING
+        logger.log(level, "error ignored in rollback on %s: %s", session, exc)
         if not isinstance(exc, psycopg.Error):
             session._drop(f"its rollback failed: {exc!r}")
 
@@ -185,6 +186,7 @@ class Section:
         "outcome",
         "shield",
         "unit",
+        "what",
     )
 
     def __init__(self, session: Session, *, committing: bool = False) -> None:
@@ -194,6 +196,7 @@ class Section:
         self.shield = Shield(session._backend, grace=grace)
         self.error: Exception | None = None
         self.outcome = ""
+        self.what = "transaction"
         self.callbacks: list[Callback] = []
         self.going_through: BaseException | None = None
         self.unit: Unit | None = None
@@ -305,14 +308,15 @@ class Section:
 
     def _let_through(self, held: BaseException | None, errors: list[BaseException]) -> None:
         """Raise what is to be raised: what was held back before our own errors."""
-        note = f"aiopgsafe: the transaction is {self.outcome}"
+        note = f"aiopgsafe: the {self.what} is {self.outcome}"
         group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
         leading = held or self.error or self.going_through
         if group is not None and leading is not None:
             logger.error("%s", group, exc_info=group)
             leading.add_note(f"aiopgsafe: {len(errors)} callback(s) failed: {errors!r}")
         if held is not None:
-            held.add_note(note)
+            if note not in getattr(held, "__notes__", ()):  # of a block inside this one
+                held.add_note(note)
             if self.error is not None:
                 logger.warning("%s (held back: %r)", self.error, held)
                 raise held from self.error

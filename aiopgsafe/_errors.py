@@ -29,6 +29,7 @@ __all__ = [
     "CommitUnknown",
     "ConnectionReleased",
     "Draining",
+    "brief",
     "mark_retry",
     "safe_to_retry",
 ]
@@ -79,6 +80,12 @@ class Draining(psycopg.OperationalError):
     """
 
     __module__ = "aiopgsafe"
+
+
+def brief(exc: BaseException) -> str:
+    """An error in one line of a log: libpq's texts have hints for people in further ones."""
+    text = str(exc).strip()
+    return text.splitlines()[0] if text else repr(exc)
 
 
 _SAFE = "_aiopgsafe_safe_to_retry"

@@ -71,6 +71,8 @@ class Retry:
                 raise ValueError(f"{name} is a number of seconds, not negative: {value}")
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter is between 0 and 1: {jitter}")
+        if not isinstance(idempotent, bool):
+            raise TypeError(f"idempotent is a bool, not {type(idempotent).__name__}")
         self.attempts = attempts
         self.backoff = backoff
         self.jitter = jitter
@@ -80,7 +82,7 @@ class Retry:
         self.given_up = 0
 
     def __repr__(self) -> str:
-        return f"Retry({self.attempts}, {self.backoff}, {self.jitter})"
+        return f"Retry(attempts={self.attempts}, backoff={self.backoff}, jitter={self.jitter})"
 
     def pause(self, attempt: int) -> float:
         """Seconds between an attempt (the first is 1) and the next one."""
@@ -117,6 +119,11 @@ async def retrying(retry: Retry, backend: Backend, what: str, attempt: Attempt[T
                     error.add_note(f"aiopgsafe: given up after {number} attempts")
                 raise
             logger.info("attempt %d at %s: %s; again in %.3f s", number, what, error, pause)
+            last = error
         number += 1
         retry.retries += 1
-        await sleep(backend, pause)
+        try:
+            await sleep(backend, pause)
+        except BaseException as interruption:
+            interruption.add_note(f"aiopgsafe: while it was to be run again, after {last!r}")
+            raise

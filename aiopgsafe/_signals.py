@@ -62,12 +62,16 @@ Watch = Callable[[Arrival], bool]
 """Called in the signal handler, between any two bytecodes. True: this arrival is taken."""
 
 
+_UNCATCHABLE = {signal.SIGKILL, signal.SIGSTOP}
+
+
 class _Stand:
     """Stands before the program's handler of one signal while anybody watches."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
         self.watches: list[Watch] = []
+        self.instead: list[Callable[[], object]] = []
         self._own: Any = None
         self._of_loop: LoopHandler | None = None
 
@@ -86,6 +90,10 @@ class _Stand:
             self._of_loop.run()
         elif callable(self._own):
             self._own(self.signum, frame)
+        elif self._own is signal.SIG_DFL and self.instead:
+            instead, self.instead = self.instead, []
+            for call in instead:
+                self._backend.run_sync_soon(call)
         elif self._own is signal.SIG_DFL:
             # Stop, die, or nothing: what the system does.
             signal.signal(self.signum, signal.SIG_DFL)
@@ -98,7 +106,10 @@ class _Stand:
         return unhooked(signal.getsignal(self.signum)) is self
 
     def install(self, backend: Backend) -> None:
+        self._backend = backend
         self._own = signal.getsignal(self.signum)
+        if self.signum in _UNCATCHABLE:
+            raise ValueError(f"{signal.Signals(self.signum).name} can't be caught")
         if self._own is None:
             raise RuntimeError(
                 f"the handler of {self.signum} was not set by Python:"
@@ -130,9 +141,29 @@ _stands: dict[int, list[_Stand]] = {}
 """By signal; more than one where the program has set a handler of its own in between."""
 
 
+def ends_the_program(signum: int) -> bool:
+    """Whether the program has no handler, and what the system does is to end it."""
+    if signum in _HARMLESS:
+        return False
+    return unhooked(signal.getsignal(signum)) is signal.SIG_DFL or any(
+        stand.instead for stand in _stands.get(signum, ())
+    )
+
+
+_HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}
+
+
 @contextmanager
-def watching(signals: Sequence[int], backend: Backend, watch: Watch) -> Iterator[None]:
+def watching(
+    signals: Sequence[int],
+    backend: Backend,
+    watch: Watch,
+    instead: Callable[[], object] | None = None,
+) -> Iterator[None]:
     """Ask `watch` at every arrival of one of `signals` during the block.
+
+    :param instead: called once, in the event loop, in place of what the system does for
+        a program without a handler of its own.
 
     Raises RuntimeError outside of the main thread, where Python handles no signals,
     and for a handler that can't be stood before; ValueError for what is no signal.
@@ -141,12 +172,14 @@ def watching(signals: Sequence[int], backend: Backend, watch: Watch) -> Iterator
         raise RuntimeError("signals are handled in the main thread only: this is another one")
     with ExitStack() as stack:
         for signum in dict.fromkeys(map(signal.Signals, signals)):
-            stack.enter_context(_watched(signum, backend, watch))
+            stack.enter_context(_watched(signum, backend, watch, instead))
         yield
 
 
 @contextmanager
-def _watched(signum: int, backend: Backend, watch: Watch) -> Iterator[None]:
+def _watched(
+    signum: int, backend: Backend, watch: Watch, instead: Callable[[], object] | None
+) -> Iterator[None]:
     stands = _stands.setdefault(signum, [])
     if not stands or not stands[-1].installed:
         stand = _Stand(signum)
@@ -154,10 +187,14 @@ def _watched(signum: int, backend: Backend, watch: Watch) -> Iterator[None]:
         stands.append(stand)
     stand = stands[-1]
     stand.watches.append(watch)
+    if instead is not None:
+        stand.instead.append(instead)
     try:
         yield
     finally:
         stand.watches.remove(watch)
+        if instead in stand.instead:
+            stand.instead.remove(instead)
         if not stand.watches:
             stands.remove(stand)
             stand.remove()

@@ -329,7 +329,8 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 for callback in self._unit.callbacks:
                     if callback.owner is self:
                         callback.owner = self._outer
-            section.outcome = "part of the one around it" if self._released else "not released"
+            section.what = "savepoint"
+            section.outcome = "part of its transaction" if self._released else "not released"
 
     async def _roll_back(
         self, exc: BaseException | None, going_through: BaseException | None
@@ -353,6 +354,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 if explicitly
                 else self.Status.ROLLED_BACK_WITH_ERROR,
             )
+            section.what = "savepoint" if self._is_savepoint else "transaction"
             section.outcome = self.state.value
             section.callbacks = unit.take(self if self._is_savepoint else None)
             if not self._is_savepoint:

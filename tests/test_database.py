@@ -140,8 +140,6 @@ async def test_wrong_use_is_a_clear_error(dsn: str, anyio_backend: object) -> No
     await db.close()
     with pytest.raises(psycopg_pool.PoolClosed, match="closed"):
         await db.execute("select 1")
-    with pytest.raises(psycopg_pool.PoolClosed):
-        await db.open()
 
 
 async def test_another_thread_is_a_clear_error(db: Database) -> None:

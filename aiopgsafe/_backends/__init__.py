@@ -34,9 +34,9 @@ __all__ = [
     "Handler",
     "Job",
     "LoopHandler",
-    "OtherLoop",
     "Waiter",
     "current",
+    "other_loop",
     "running",
     "sleep",
 ]
@@ -51,11 +51,9 @@ CONNECTION_BAD = 1
 """`psycopg.pq.ConnStatus.BAD`."""
 
 
-class OtherLoop(InterfaceError):
+def other_loop() -> InterfaceError:
     """The connection is used in another event loop than the one that it was made in."""
-
-    def __init__(self) -> None:
-        super().__init__("the connection belongs to another event loop: connect in this one")
+    return InterfaceError("the connection belongs to another event loop: connect in this one")
 
 
 class Told(Protocol):
@@ -91,7 +89,7 @@ class Channel(Job[Any], Protocol):
     def __init__(self, pgconn: PGconn, told: Told) -> None: ...
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
-        """Begin to drive `gen`; `wait()` then gives its result. `OtherLoop` in another loop."""
+        """Begin to drive `gen`; `wait()` then gives its result. `other_loop()` in another one."""
 
     def extend(self, when: float) -> None:
         """After `Expired`: let the same generator have until `when` instead."""

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary, ref
 import anyio
 from psycopg import OperationalError
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop, Told
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, Told, other_loop
 from ._asyncio_jobs import Connecting, LoopHandler, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
@@ -84,7 +84,7 @@ class Channel:
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         if asyncio.get_running_loop() is not self._loop:
-            raise OtherLoop
+            raise other_loop()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         self._forget_future()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import trio
 from psycopg import OperationalError
 
-from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, OtherLoop, Told
+from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, Told, other_loop
 from ._readiness import READ, WRITE, Readiness
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Channel(_Limited):
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         if trio.lowlevel.current_trio_token() is not self._token:
-            raise OtherLoop
+            raise other_loop()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         if self._watched:

@@ -31,7 +31,7 @@ from .._unit import Unit
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
 from ._events import ConnectionEvents
-from ._generators import begin_command
+from ._generators import begin_command, isolation
 from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
@@ -385,7 +385,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         if (isolation_level, read_only, deferrable) != (None, None, None):
             level = self.isolation_level if isolation_level is None else isolation_level
             begin = begin_command(
-                None if level is None else IsolationLevel(level),
+                None if level is None else isolation(level),
                 self.read_only if read_only is None else read_only,
                 self.deferrable if deferrable is None else deferrable,
             )
@@ -406,7 +406,8 @@ class AsyncConnection(ConnectionEvents[Row]):
                 try:
                     await self.rollback()
                 except Exception as exc:
-                    logger.warning("error ignored in rollback on %s: %s", self, exc)
+                    level = logging.DEBUG if self.closed else logging.WARNING
+                    logger.log(level, "error ignored in rollback on %s: %s", self, exc)
             else:
                 await self.commit()
         finally:

@@ -11,7 +11,7 @@ from psycopg import Notify, errors, generators
 from psycopg.rows import Row
 
 from ._losing import DisconnectHandler
-from ._messages import Told
+from ._messages import Told, check_handler
 from ._signalled import Cancellable
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class ConnectionEvents(Cancellable[Row]):
         From the event loop: while the connection is idle, too. `callback` is a plain
         function and must not block; an exception of its own is logged.
         """
+        check_handler(callback)
         self._told.listening = True
         super().add_notify_handler(callback)
         self._watch()
@@ -47,6 +48,7 @@ class ConnectionEvents(Cancellable[Row]):
 
         As `add_notify_handler()`. The notice may be kept, unlike psycopg's.
         """
+        check_handler(callback)
         super().add_notice_handler(callback)
         self._watch()
 

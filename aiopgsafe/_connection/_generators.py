@@ -271,6 +271,15 @@ def set_timeout(seconds: float) -> bytes:
     return b"SET LOCAL statement_timeout TO %d" % max(1, seconds * 1000)
 
 
+def isolation(level: IsolationLevel | int) -> IsolationLevel:
+    """Raises `ValueError` for what is no isolation level."""
+    try:
+        return IsolationLevel(level)
+    except ValueError:
+        names = ", ".join(f"IsolationLevel.{known.name}" for known in IsolationLevel)
+        raise ValueError(f"isolation_level is one of {names}, not {level!r}") from None
+
+
 def begin_command(
     level: IsolationLevel | None, read_only: bool | None, deferrable: bool | None
 ) -> bytes:

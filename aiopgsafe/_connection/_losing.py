@@ -12,7 +12,7 @@ from psycopg.rows import Row
 
 from .._backends import Channel, Waiter
 from ._generators import EndingGenerators
-from ._messages import call_handler
+from ._messages import call_handler, check_handler
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -44,6 +44,7 @@ class Losing(EndingGenerators[Row]):
 
         Raises `psycopg.OperationalError` if it is closed or lost already.
         """
+        check_handler(callback)
         self._check_connection_ok()
         self._disconnect_handlers.append(callback)
         self._watch()
@@ -77,7 +78,9 @@ class Losing(EndingGenerators[Row]):
         self._channel.watch(True)
 
     def _drop(self, reason: str) -> None:
-        logger.warning("closing %s: %s", self, reason)
+        # One that is lost already is no news.
+        level = logging.DEBUG if self.closed else logging.WARNING
+        logger.log(level, "closing %s: %s", self, reason)
         error = psycopg.OperationalError(f"the connection is closed: {reason}")
         self._channel.close(error)
         self.pgconn.finish()

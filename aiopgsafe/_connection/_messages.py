@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -46,7 +47,7 @@ class Told:
             while notify := pgconn.notifies():
                 self.notify(notify)
         except psycopg.Error as exc:
-            logger.info("connection lost while idle: %s", exc)
+            logger.debug("connection lost while idle: %s", exc)
             return pgconn.status == BAD
         return True
 
@@ -109,6 +110,14 @@ class Listening(psycopg.AsyncConnection[Any]):
     _notifies_listening: deque[Notify] | None
 
     def _on_lost(self, error: psycopg.Error) -> None: ...
+
+
+def check_handler(handler: object) -> None:
+    """Raise `TypeError` for what can't be called from the event loop's machinery."""
+    if not callable(handler):
+        raise TypeError(f"a handler is a function, not {type(handler).__name__}")
+    if iscoroutinefunction(handler):
+        raise TypeError("a handler is a plain function: nobody would await what this one returns")
 
 
 def call_handler(handler: Callable[[Any], object], what: object) -> None:

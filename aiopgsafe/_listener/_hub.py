@@ -17,6 +17,7 @@ from psycopg_pool import PoolClosed
 
 from .._backends import Backend, Background, Expired, Waiter
 from .._connection import AsyncConnection
+from .._errors import brief
 from .._health import Health
 from ._subscription import Subscription
 
@@ -77,6 +78,7 @@ class Hub:
         self._heartbeat = heartbeat
         self._timeout = timeout
         self._closed = False
+        self._silent = False  # since the last loss
         self._subscribers: dict[str, list[Subscription]] = {}
         self._listening: set[str] = set()
         self._overfull: dict[Subscription, float] = {}
@@ -207,7 +209,10 @@ class Hub:
                 except Exception as exc:
                     if self._closed:
                         return
-                    logger.warning("the listener has no connection: %s", exc or repr(exc))
+                    logger.warning(
+                        "the listener has lost its connection, or gets none: %s", brief(exc)
+                    )
+                    self._silent = True
                     self._health.look()
                     self._fail_newcomers(exc)
                 await self._pause()
@@ -285,6 +290,9 @@ class Hub:
 
     def _confirm(self) -> None:
         self._delay = FIRST_DELAY
+        if self._silent:
+            self._silent = False
+            logger.info("the listener listens again")
         for subscription in self._everybody():
             if not self._listening.issuperset(subscription.channels):
                 continue

@@ -13,6 +13,7 @@ from typing import Any
 
 from .._backends import Backend, Background, Expired, Waiter
 from .._connection import AsyncConnection
+from .._errors import brief
 from ._options import ConnectOptions
 from ._places import Places
 
@@ -152,7 +153,7 @@ class Connector:
             if not isinstance(exc, Exception) and (backend is None or backend.interrupted(exc)):
                 raise
             self.last_error = exc
-            logger.warning("error connecting in %r: %r", self._name, exc)
+            logger.warning("error connecting in %r: %s", self._name, brief(exc))
             self._on_error()
             return None
         self._stats()["connections_ms"] += int((monotonic() - started) * 1000)

@@ -10,6 +10,7 @@ from psycopg import pq
 from psycopg_pool import PoolTimeout, TooManyRequests
 
 from .._backends import Backend, Expired, sleep
+from .._errors import brief
 from ._cleaning import clean
 from ._connecting import FIRST_DELAY
 from ._opening import Opening
@@ -101,7 +102,10 @@ class Giving(Opening):
             self._stats["requests_wait_ms"] += int((monotonic() - started) * 1000)
 
     def _timed_out(self, deadline: Deadline) -> PoolTimeout:
-        return PoolTimeout(f"couldn't get a connection after {deadline.timeout:.2f} sec")
+        text = f"couldn't get a connection after {deadline.timeout:.2f} sec"
+        if (why := self._connector.last_error) is not None:
+            text += f": {brief(why)}"
+        return PoolTimeout(text)
 
     async def _checked(
         self, check: Callback, backend: Backend, place: Place, deadline: Deadline

@@ -15,6 +15,7 @@ from psycopg import pq
 
 from .._backends import Backend, Expired, Waiter
 from .._connection import AsyncConnection
+from .._errors import brief
 from .._health import Health
 from ._cleaning import is_read_only, is_standby
 from ._connecting import Connector
@@ -95,7 +96,7 @@ class Keeping:
         if place in self._places.used:
             self._given_back()  # who waits until nothing is in use looks again
         else:
-            logger.info("discarding lost connection: %s", error)
+            logger.info("%r discards a lost connection: %s", self.name, brief(error))
             self._lose(place)
 
     def _lives(self) -> bool:

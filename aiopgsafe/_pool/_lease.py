@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from psycopg import pq
+from psycopg.rows import TupleRow
+from typing_extensions import TypeVar
 
 from .._connection import AsyncConnection
 from .._errors import ConnectionReleased
@@ -14,7 +16,7 @@ from .._errors import ConnectionReleased
 if TYPE_CHECKING:
     from ._pool import AsyncConnectionPool
 
-ConnectionT = TypeVar("ConnectionT", bound=AsyncConnection[Any])
+ConnectionT = TypeVar("ConnectionT", bound=AsyncConnection[Any], default=AsyncConnection[TupleRow])
 
 IDLE = pq.TransactionStatus.IDLE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from .. import _backends
 from .._backends import Backend, Background, Expired
 from .._calls import running_call
 from .._connection import AsyncConnection
-from .._errors import Draining
+from .._errors import Draining, brief
 from ._keeping import Keeping
 from ._options import warn_of_constructor
 
@@ -47,6 +48,11 @@ class Opening(Keeping):
         self._open()
         if wait:
             await self.wait(timeout)
+
+    @property
+    def _used_up(self) -> bool:
+        """Whether it was closed, or left behind in an event loop that runs no more."""
+        return self._backend is not None and (self._closed or not self._backend.running)
 
     async def _open_with_first(self) -> None:
         """Open it with a connection; raise why that can't be made."""
@@ -95,9 +101,9 @@ class Opening(Keeping):
             await waiter.wait()
         except Expired:
             await self.close()
-            raise PoolTimeout(
-                f"pool initialization incomplete after {timeout} sec"
-            ) from self._connector.last_error
+            why = self._connector.last_error
+            text = f"pool initialization incomplete after {timeout} sec"
+            raise PoolTimeout(f"{text}: {brief(why)}" if why else text) from why
         finally:
             if waiter in self._filling:
                 self._filling.remove(waiter)
@@ -139,6 +145,10 @@ class Opening(Keeping):
                 if not job.ended_with(exc):
                     raise
 
+    def __del__(self) -> None:
+        if getattr(self, "_backend", None) is not None and not self._closed:
+            warnings.warn(f"{self!r} was deleted while still open", ResourceWarning, stacklevel=1)
+
     async def __aenter__(self) -> Self:
         self._open_implicitly = False
         await self.open()
@@ -160,7 +170,7 @@ class Opening(Keeping):
             if backend is not None:
                 raise PoolClosed(f"the pool {self.name!r} is already closed")
             if not self._open_implicitly:
-                raise PoolClosed(f"the pool {self.name!r} is not open yet")
+                raise PoolClosed(f"the pool {self.name!r} is not open yet: `async with` it")
             self._open()
             return self._check_usable()
         if self._open_implicitly:

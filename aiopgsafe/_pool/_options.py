@@ -25,6 +25,8 @@ def check_sizes(min_size: int, max_size: int | None) -> tuple[int, int]:
     """As psycopg_pool has it: `max_size` is `min_size` if it isn't given."""
     if max_size is None:
         max_size = min_size
+    for name, size in (("min_size", min_size), ("max_size", max_size)):
+        check_count(name, size)
     if min_size < 0:
         raise ValueError("min_size cannot be negative")
     if max_size < min_size:
@@ -39,12 +41,23 @@ def check_seconds(**values: float) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
         if not value >= 0:
-            raise ValueError(f"{name} cannot be negative: {value}")
+            raise ValueError(f"{name} must be a number of seconds, not negative: {value}")
 
 
-def check_options(connection_class: type[Any], num_workers: int, **seconds: float) -> None:
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is an int, not {type(value).__name__}")
+
+
+def check_options(
+    connection_class: type[Any], num_workers: int, max_waiting: int, **seconds: float
+) -> None:
     """Whether they are possible, and the class one of ours: we must clean it, and watch it."""
     check_seconds(**seconds)
+    check_count("num_workers", num_workers)
+    check_count("max_waiting", max_waiting)
+    if max_waiting < 0:
+        raise ValueError("max_waiting cannot be negative; 0: any number may wait")
     if num_workers < 1:
         raise ValueError("num_workers must be at least 1")
     if not issubclass(connection_class, AsyncConnection):

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from time import monotonic
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, cast
 
 from psycopg import pq
 
 from .. import _backends
 from .._backends import Backend, Background, Waiter
 from .._connection import AsyncConnection
+from .._errors import brief
 from .._health import Health
 from ._cleaning import clean
 from ._connecting import Connector
 from ._giving import Deadline, Giving
-from ._lease import Lease
+from ._lease import ConnectionT, Lease
 from ._options import Callback, ConnectOptions, Given, check_options, check_sizes
 from ._options import warn_of_constructor as warn
 from ._places import Place, Places
@@ -27,8 +28,6 @@ from ._places import Place, Places
 __all__ = ["AsyncConnectionPool"]
 
 logger = logging.getLogger("aiopgsafe.pool")
-
-ConnectionT = TypeVar("ConnectionT", bound=AsyncConnection[Any])
 
 IDLE = pq.TransactionStatus.IDLE
 
@@ -75,7 +74,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         num_workers: int = 3,
     ) -> None:
         check_options(
-            *(connection_class, num_workers),
+            *(connection_class, num_workers, max_waiting),
             timeout=timeout,
             max_lifetime=max_lifetime,
             max_idle=max_idle,
@@ -256,7 +255,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
                 try:
                     await self.check_connection(cast("ConnectionT", place.conn))
                 except Exception as exc:
-                    logger.warning("discarding broken connection: %s", exc)
+                    logger.warning("%r discards a broken connection: %s", self.name, brief(exc))
                     self._lose(places.pop())
                 else:
                     self._return(places.pop())
