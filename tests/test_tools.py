@@ -166,7 +166,7 @@ def test_doctor_says_what_matters_with_advice(dsn: str) -> None:
         "arrive, after",
         "keepalives_idle=10",
         "this role may ask for all",
-        "10s: a query ends when its client is gone",
+        "'10s': a query ends with its client",
     ):
         assert row in result.stdout
     # Servers of the tests' own don't sync.

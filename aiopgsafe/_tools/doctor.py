@@ -34,6 +34,9 @@ KEEPALIVE = {
 }
 """libpq's parameters, and what we would set them to."""
 
+ALTER = "alter role ... set"
+"""How a setting is made for the application's role; it needs a new connection only."""
+
 ANSWER_TIMEOUT = 5.0
 """Seconds for each question to be answered."""
 
@@ -79,14 +82,15 @@ def doctor(dsn: str, loop: str) -> int:
 async def _doctor(dsn: str) -> int:
     async with await AsyncConnection.connect(dsn, autocommit=True, cancel_timeout=1) as conn:
         findings = [finding async for finding in examine(conn, dsn)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(no_wrap=True)
-    for header in ("found", "advice"):
-        table.add_column(header, header_style="dim", overflow="fold")
+    table.add_column(overflow="fold")
     for finding in findings:
-        mark = Text(*MARKS[finding.level])
-        table.add_row(mark, finding.subject, finding.found, finding.advice)
+        mark, color = MARKS[finding.level]
+        table.add_row(Text(mark, color), finding.subject, finding.found)
+        if finding.advice:
+            table.add_row("", "", Text(finding.advice, color))
     with until_nobody_reads():
         Screen().print(table)
     return FAULTY if any(finding.level == "bad" for finding in findings) else OK
@@ -204,15 +208,17 @@ def server_settings(settings: dict[str, tuple[str, str | None]]) -> list[Finding
         found = value("synchronous_standby_names")
         findings.append(Finding("synchronous_standby_names", found, "advice", advice))
     for name, advice in (
-        ("client_connection_check_interval", "10s: a query ends when its client is gone"),
-        ("idle_in_transaction_session_timeout", "60s: a lost client's locks are released"),
-        ("transaction_timeout", "bounds what a transaction can hold up"),
-        ("statement_timeout", "bounds a query (also statement_timeout= of connect())"),
+        ("client_connection_check_interval", f"{ALTER} = '10s': a query ends with its client"),
+        ("idle_in_transaction_session_timeout", f"{ALTER} = '60s': a lost client's locks end"),
+        ("transaction_timeout", f"{ALTER} = '10min': bounds what a transaction can hold up"),
+        ("statement_timeout", "connect(..., statement_timeout=30) bounds a query"),
     ):
         if name not in settings:
             continue
         if value(name) in ("0", "-1"):
-            findings.append(Finding(name, "off", "advice", advice))
+            findings.append(
+                Finding(name, "off", "advice", advice.replace(ALTER, f"{ALTER} {name}"))
+            )
         else:
             findings.append(Finding(name, shown[name]))
     if value("default_transaction_read_only") == "on":
