@@ -2,7 +2,7 @@
 
 from psycopg import IsolationLevel, Notify, Rollback
 
-from ._connection import AsyncConnection
+from ._connection import AsyncConnection, resolve_commit
 from ._database import Database
 from ._errors import (
     CommitRolledBack,
@@ -32,6 +32,7 @@ __all__ = [
     "Rollback",
     "Transaction",
     "TransactionState",
+    "resolve_commit",
     "safe_to_retry",
 ]
 

@@ -178,6 +178,7 @@ class Database(Generic[Row]):
         isolation_level: IsolationLevel | int | None = None,
         read_only: bool | None = None,
         deferrable: bool | None = None,
+        commit_token: bool | None = None,
         timeout: float | None = None,
     ) -> Block[Row]:
         """A transaction for a block: ``async with db.transaction() as tx``.
@@ -187,7 +188,8 @@ class Database(Generic[Row]):
 
         :param isolation_level: and
         :param read_only: and
-        :param deferrable: as in `AsyncConnection.transaction()`.
+        :param deferrable: and
+        :param commit_token: as in `AsyncConnection.transaction()`.
         :param timeout: seconds to wait for a connection; None: the pool's.
 
         Inside another one they must be as that one's, or not given.
@@ -197,13 +199,15 @@ class Database(Generic[Row]):
         """
         if isolation_level is not None:
             isolation_level = isolation(isolation_level)
-        options = {}
+        options: dict[str, Any] = {}
         if (isolation_level, read_only, deferrable) != (None, None, None):
             options = {
                 "isolation_level": isolation_level,
                 "read_only": read_only,
                 "deferrable": deferrable,
             }
+        if commit_token is not None:
+            options["commit_token"] = commit_token
         return Block(self.pool, timeout, options)
 
     @overload
@@ -218,6 +222,7 @@ class Database(Generic[Row]):
         isolation_level: IsolationLevel | int | None = None,
         read_only: bool | None = None,
         deferrable: bool | None = None,
+        commit_token: bool | None = None,
         timeout: float | None = None,
         retry: Retry | None = None,
     ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -13,13 +14,16 @@ import psycopg
 from . import _outcome
 from ._backends import Backend, Channel, Expired
 from ._backends._lock import Lock
-from ._outcome import TransactionState, unknown, verdict_of_error
+from ._errors import brief
+from ._outcome import TransactionState, Verdict, unknown, verdict_of_error
 from ._shield import GATE, INSIST_GRACE, Shield
 from ._unit import Callback, Unit
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
+
+    from ._resolver import Ticket, Token
 
 __all__ = [
     "Section",
@@ -52,6 +56,8 @@ class Session(Protocol):
     lock: Lock
     commit_timeout: float
     cancel_timeout: float
+    commit_token: bool
+    _origin: Any  # `_connection._riding.Riding`
     _backend: Backend
     _channel: Channel
     _blocks: list[Any]
@@ -81,6 +87,12 @@ class Session(Protocol):
 
     def _time_left(self) -> float:
         """Seconds until the deadline that the server is to know of; infinity if none."""
+
+    def _begin_gen(self, commands: Sequence[bytes]) -> PQGen[None]:
+        """BEGIN, and what goes with it."""
+
+    async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
+        """What became of the transaction, and why it can't be known."""
 
     def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
         """BEGIN, by default as the connection's attributes want it, and what belongs to it."""
@@ -340,6 +352,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
     :param block: the block that ends, if one does.
     """
     async with Section(session, committing=True) as section:
+        until = monotonic() + session.commit_timeout
         try:
             sent = await run(session, section.shield, gen)
             verdict = _outcome.COMMITTED
@@ -357,6 +370,9 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
             sent, verdict = True, verdict_of_error(exc, prepared=unit.prepared)
             if verdict.state is UNKNOWN and verdict.error is not exc:
                 session._drop("it was lost while COMMIT was in flight")
+        if verdict.state is UNKNOWN and unit.ticket is not None and not unit.prepared:
+            until = max(until, monotonic() + session.cancel_timeout)
+            verdict = await look_up(session, section.shield, unit.ticket, verdict, until)
         if sent:
             unit.advance(verdict.state)
             if block is not None:
@@ -370,6 +386,26 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
                 section.callbacks = unit.take()
                 section.unit = unit
         section.outcome = unit.state.value
+
+
+async def look_up(
+    session: Session, shield: Shield, ticket: Ticket | Token, verdict: Verdict, until: float
+) -> Verdict:
+    """What the server says of a COMMIT that was lost; `verdict` if that can't be had by `until`."""
+    if shield.insisted:
+        return verdict
+    logger.info("asking what became of %s: %s", ticket.where, brief(verdict.error or Expired()))
+    job = session._backend.spawn(partial(session._look_up, ticket, until))
+    job.limit(until)
+    try:
+        state, why = await shield.hold(job)
+    except Expired:
+        state, why = UNKNOWN, "the server did not say so in time"
+    except Exception as exc:
+        logger.exception("error while asking what became of %s", ticket.where)
+        state, why = UNKNOWN, repr(exc)
+    logger.info("%s is %s", ticket.where, state.value)
+    return _outcome.looked_up(verdict, state, ticket.xid, f"{ticket.where}: {why}")
 
 
 async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> None:

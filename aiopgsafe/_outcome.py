@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from ._errors import CommitRolledBack, CommitUnknown
+from ._errors import CommitRolledBack, CommitUnknown, mark_retry
 
 __all__ = [
     "COMMITTED",
@@ -28,6 +28,7 @@ __all__ = [
     "Verdict",
     "check_tag",
     "ended_by_statement",
+    "looked_up",
     "unknown",
     "verdict_of_error",
 ]
@@ -103,6 +104,24 @@ def unknown(cause: Exception | None, what: str) -> Verdict:
     error = CommitUnknown(f"{what}{reason}: the transaction may be committed or rolled back")
     error.__cause__ = cause
     return Verdict(TransactionState.UNKNOWN, error)
+
+
+def looked_up(verdict: Verdict, state: TransactionState, xid: int | None, what: str) -> Verdict:
+    """The outcome after the server was asked for it, `verdict` having been UNKNOWN."""
+    lost = verdict.error
+    if state is TransactionState.COMMITTED:
+        return COMMITTED
+    if state is TransactionState.ROLLED_BACK:
+        error = lost.__cause__ if lost is not None else None
+        if not isinstance(error, psycopg.OperationalError):
+            error = psycopg.OperationalError(str(lost).partition(":")[0])
+        error.add_note("aiopgsafe: the server was asked: the transaction is rolled back")
+        mark_retry(error, safe=True)
+        return Verdict(state, error)
+    error = CommitUnknown(f"{lost}; {what}")
+    error.__cause__ = lost.__cause__ if lost is not None else None
+    error.xid = xid
+    return Verdict(state, error)
 
 
 def _is_answer(error: Exception) -> bool:

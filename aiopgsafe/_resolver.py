@@ -14,17 +14,38 @@ where both rule that out:
                       more than one promotion lies between    can't be known
                       recovery stopped before our position    rolled back: another's commit
                       else                                    committed
+
+Two crashes before anybody asks remain a hole, and so does what writes without a number
+(NOTIFY alone). A `Token` closes them: a row of the transaction's own, inserted together
+with COMMIT. Who asks inserts the same row: where that succeeds the transaction can never
+commit any more, and where it is there already the transaction has.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
 from ._outcome import TransactionState
 
-__all__ = ["ASK", "HISTORY", "POSITION", "STATUS", "Answer", "History", "Ticket", "judge"]
+__all__ = [
+    "ASK",
+    "EVICT",
+    "HISTORY",
+    "POSITION",
+    "STATUS",
+    "TOKEN_TABLE",
+    "Answer",
+    "History",
+    "Origin",
+    "Ticket",
+    "Token",
+    "judge",
+    "parse_ticket",
+]
 
 COMMITTED, ROLLED_BACK, UNKNOWN = (
     TransactionState.COMMITTED,
@@ -36,11 +57,16 @@ HISTORY = """
     select (select system_identifier::text from pg_control_system()),
         substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
         (select stats_reset::text from pg_stat_bgwriter),
-        (select backend_start::text from pg_stat_activity where pid = pg_backend_pid())
+        pg_postmaster_start_time()::text,
+        pg_last_wal_replay_lsn()::text,
+        pid::text, backend_start::text
+    from pg_stat_get_activity(pg_backend_pid())
 """
 """The server's history, and this session's beginning. Any role may ask; not in recovery.
 
-``stats_reset`` is renewed by every crash recovery and survives clean restarts.
+``stats_reset`` is renewed by every crash recovery and survives clean restarts. Somebody may
+renew it by hand (``pg_stat_reset_shared``): the last two columns of the history tell that
+from a crash, after which recovery has ended further on.
 """
 
 POSITION = "select pg_current_xact_id_if_assigned()::text, pg_current_wal_insert_lsn()::text"
@@ -52,6 +78,7 @@ ASK = """
         case when recovering then null else
             substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
         (select stats_reset::text from pg_stat_bgwriter),
+        pg_postmaster_start_time()::text,
         pg_last_wal_replay_lsn()::text,
         (select state from pg_stat_activity
             where pid = %(pid)s and backend_start::text = %(backend_start)s)
@@ -63,18 +90,73 @@ STATUS = "select pg_xact_status(%(xid)s::text::xid8)"
 """Raises `InvalidParameterValue` for a number that hasn't been given out yet."""
 
 
+EVICT = """
+    select pg_terminate_backend(pid) from pg_stat_activity
+    where pid = %(pid)s and backend_start::text = %(backend_start)s
+        and state like 'idle in transaction%%'
+"""
+"""End a session that waits for a client that is gone: its COMMIT, arriving late, must find nothing.
+
+Only while it is idle: one that waits for a synchronous standby has committed, and
+terminating it would make that visible without the standby.
+"""
+
+TOKEN_TABLE = """
+create table if not exists aiopgsafe_token (
+    token uuid primary key,
+    resolved boolean not null default false,
+    created timestamptz not null default now()
+)
+"""
+
+INSERT_TOKEN = b"insert into aiopgsafe_token (token) values ('%s')"
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """Which life of which server: numbers of another one may mean something else.
 
     :ivar system: the database system identifier.
     :ivar timeline: hexadecimal, as in the names of WAL files.
-    :ivar recovered: when the last crash recovery ended.
+    :ivar recovered: when the statistics were reset: by the last crash recovery.
+    :ivar started: when the server was.
+    :ivar replayed: where the last recovery since then has ended; None if there was none.
     """
 
     system: str
     timeline: str
     recovered: str
+    started: str
+    replayed: str | None
+
+    def goes_on_in(self, other: History) -> bool:
+        """Whether `other`, read later, is of the same server without a recovery in between.
+
+        Each recovery ends further on in the WAL than the one before it.
+        """
+        if (self.system, self.timeline) != (other.system, other.timeline):
+            return False
+        unrecovered = (self.started, self.replayed) == (other.started, other.replayed)
+        return self.recovered == other.recovered or unrecovered
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a session's transactions come from.
+
+    :ivar pid: of the session's server process.
+    :ivar backend_start: when that began: process numbers are used again.
+    """
+
+    history: History
+    pid: int
+    backend_start: str
+
+    @classmethod
+    def of(cls, row: Sequence[str | None]) -> Origin:
+        """From the row that `HISTORY` gives."""
+        *history, pid, backend_start = row
+        return cls(History(*history), int(pid or 0), backend_start or "")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +179,53 @@ class Ticket:
     def __str__(self) -> str:
         return json.dumps(asdict(self))
 
+    @property
+    def where(self) -> str:
+        """For people: which transaction of which server."""
+        history = self.history
+        return f"transaction {self.xid} of system {history.system}, timeline {history.timeline}"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The row that a transaction inserts with its COMMIT: see `TOKEN_TABLE`."""
+
+    token: str
+    xid: None = None
+
     @classmethod
-    def parse(cls, text: str) -> Ticket:
-        """The ticket that was written with `str()`. Raises `ValueError` for anything else."""
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            ticket = cls(**{**fields, "history": History(**fields["history"])})
-            position(ticket.lsn)
-            ints = isinstance(ticket.xid, int) and isinstance(ticket.pid, int)
-        except (TypeError, KeyError, AttributeError, ValueError) as exc:
-            raise ValueError(f"this is no ticket of a transaction: {text!r}") from exc
-        if not ints:
-            raise ValueError(f"this is no ticket of a transaction: {text!r}")
-        return ticket
+    def new(cls) -> Token:
+        return cls(str(uuid4()))
+
+    def __str__(self) -> str:
+        return json.dumps({"token": self.token})
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return f"the transaction with token {self.token}"
+
+    @property
+    def insert(self) -> bytes:
+        """The statement that goes with COMMIT."""
+        return INSERT_TOKEN % self.token.encode()
+
+
+def parse_ticket(text: str) -> Ticket | Token:
+    """The ticket that was written with `str()`. Raises `ValueError` for anything else."""
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        if "token" in fields:
+            return Token(str(UUID(**{"hex": fields.pop("token"), **fields})))
+        ticket = Ticket(**{**fields, "history": History(**fields["history"])})
+        position(ticket.lsn)
+        int(ticket.history.timeline, 16)
+        ints = isinstance(ticket.xid, int) and isinstance(ticket.pid, int)
+    except (TypeError, KeyError, AttributeError, ValueError) as exc:
+        raise ValueError(f"this is no ticket of a transaction: {text!r}") from exc
+    if not ints:
+        raise ValueError(f"this is no ticket of a transaction: {text!r}")
+    return ticket
 
 
 class Answer(NamedTuple):
@@ -124,6 +240,7 @@ class Answer(NamedTuple):
     system: str | None
     timeline: str | None
     recovered: str | None
+    started: str | None
     replayed: str | None
     session: str | None
     status: str | None = None
@@ -132,6 +249,13 @@ class Answer(NamedTuple):
     @property
     def in_recovery(self) -> bool:
         return self.system is None
+
+    @property
+    def history(self) -> History:
+        return History(
+            *(self.system or "", self.timeline or "0", self.recovered or ""),
+            *(self.started or "", self.replayed),
+        )
 
 
 def judge(ticket: Ticket, answer: Answer) -> TransactionState | None:
@@ -143,14 +267,13 @@ def judge(ticket: Ticket, answer: Answer) -> TransactionState | None:
         return UNKNOWN
     if answer.status == "aborted":
         return ROLLED_BACK
-    same = History(answer.system, answer.timeline or "", answer.recovered or "") == history
-    if same:
+    if history.goes_on_in(answer.history):
         return {"committed": COMMITTED, "in progress": None}.get(answer.status or "", UNKNOWN)
     if answer.status == "in progress" or not answer.given_out:
         return ROLLED_BACK
     if answer.status != "committed" or answer.replayed is None:
         return UNKNOWN
-    if int(answer.timeline or "0", 16) > int(history.timeline, 16) + 1:
+    if int(answer.history.timeline, 16) > int(history.timeline, 16) + 1:
         return UNKNOWN
     if position(answer.replayed) < position(ticket.lsn):
         return ROLLED_BACK

@@ -58,12 +58,14 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         force_rollback: bool = False,
         *,
         begin: bytes | None = None,
+        commit_token: bool | None = None,
     ) -> None:
         super().__init__(connection, savepoint_name, force_rollback)
         self._session = cast("Session", connection)
         self._begin = begin
         self._name = savepoint_name or ""
-        self._unit = Unit()
+        with_token = self._session.commit_token if commit_token is None else commit_token
+        self._unit = Unit(with_token=with_token)
         self._outer: Transaction[Any] | None = None
         self._is_savepoint = False
         self._entered = False
@@ -71,8 +73,33 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         # Of a savepoint; the outermost block's state is its unit's.
         self._state = PENDING
         self._released = False
-        self.xid: int | None = None
-        """The transaction's id on the server; None while it isn't known."""
+
+    @property
+    def xid(self) -> int | None:
+        """The transaction's number on the server (`xid8`); None while it isn't known.
+
+        It is read in one round trip with the first INSERT, UPDATE, DELETE or MERGE.
+        """
+        return self._unit.xid
+
+    def ticket(self) -> str:
+        """By which `resolve_commit()` can find out what became of the transaction, later.
+
+        To be kept, in a file or elsewhere, before the block ends: for a program that may be
+        killed in COMMIT. It is known after the first INSERT, UPDATE, DELETE or MERGE; with
+        ``commit_token=True`` from the beginning.
+
+        Raises `psycopg.NotSupportedError` where outcomes can't be asked for (`aiopgsafe doctor`
+        tells why), `psycopg.ProgrammingError` before the first such statement.
+        """
+        ticket = self._unit.ticket
+        if ticket is None and self._session._origin is False:
+            raise psycopg.NotSupportedError(
+                "outcomes can't be asked for on this connection: use commit_token=True"
+            )
+        if ticket is None:
+            raise psycopg.ProgrammingError("the transaction has not written anything yet")
+        return str(ticket)
 
     @property
     def state(self) -> TransactionState:
@@ -249,13 +276,16 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 self._unit = self._outer._unit
             else:
                 # In a transaction that no block began: conn.commit() settles it.
-                self._unit = session._unit = session._unit or Unit(ACTIVE)
+                self._unit = session._unit = session._unit or Unit(ACTIVE, session.commit_token)
             commands = [self._sql("SAVEPOINT")]
         else:
             session._unit = None  # of a transaction that ended without our commit()
             commands = session._begin_commands(time_left, self._begin)
         session._push_block(self)
-        yield from session._commands_gen(commands)
+        if self._is_savepoint:
+            yield from session._commands_gen(commands)
+        else:
+            yield from session._begin_gen(commands)
         if self._name and not self._is_savepoint:
             yield from session._commands_gen([self._sql("SAVEPOINT")])
         self._entered = True

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ._outcome import TransactionState
+from ._resolver import Origin, Ticket, Token
 
 __all__ = ["TRANSITIONS", "Callback", "Unit"]
 
@@ -44,9 +45,9 @@ class Unit:
     belongs to the connection and is settled by its `commit()` or `rollback()`.
     """
 
-    __slots__ = ("callbacks", "give_back", "prepared", "state")
+    __slots__ = ("_lsn", "_origin", "callbacks", "give_back", "prepared", "state", "token", "xid")
 
-    def __init__(self, state: TransactionState = PENDING) -> None:
+    def __init__(self, state: TransactionState = PENDING, with_token: bool = False) -> None:
         self.state = state
         self.give_back: Callable[[], Awaitable[None]] | None = None
         """Gives the connection back to its pool before callbacks run, where nobody needs it more.
@@ -57,6 +58,26 @@ class Unit:
         self.prepared = False
         """In two phases, and through the first: it outlives its session."""
         self.callbacks: list[Callback] = []
+        self.xid: int | None = None
+        """The transaction's number, as soon as it is known."""
+        self.token: Token | None = Token.new() if with_token else None
+        """Goes with COMMIT, if it is wanted."""
+        self._origin: Origin | None = None
+        self._lsn = ""
+
+    def number(self, origin: Origin, xid: int, lsn: str) -> None:
+        """Note the transaction's number, and where the WAL ended when it was read."""
+        self._origin, self.xid, self._lsn = origin, xid, lsn
+
+    @property
+    def ticket(self) -> Ticket | Token | None:
+        """What it takes to ask for the outcome; None while it couldn't be asked for."""
+        if self.token is not None:
+            return self.token
+        if self._origin is None or self.xid is None:
+            return None
+        origin = self._origin
+        return Ticket(self.xid, self._lsn, origin.history, origin.pid, origin.backend_start)
 
     def advance(self, state: TransactionState) -> None:
         if state not in TRANSITIONS[self.state]:

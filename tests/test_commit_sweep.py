@@ -118,15 +118,49 @@ async def test_nothing_disagrees_wherever_the_transaction_is_cancelled(
 
 @pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
+async def test_a_commit_that_is_never_answered_is_asked_for(
+    proxy: FaultProxy, dsn: str, how: Any, figures: Figures
+) -> None:
+    """Every run meets a COMMIT whose answer never comes, and asks over another connection."""
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute("create table t (id int, what text)")
+        proxy.inject(Freeze(), command_complete("COMMIT"))
+        points, asked, run = 0, 0, Run(0)
+        timeouts: Any = {"commit_timeout": 0.15, "cancel_timeout": 5.0}
+        conn = await AsyncConnection.connect(proxy.dsn, **timeouts)
+
+        async def work() -> None:
+            nonlocal run
+            run = Run(run.id + 1)
+            await transfer(conn, run)
+
+        async for trial in CancelSweep(work, how=how):
+            try:
+                check(admin, run, trial)
+            except BaseException as exc:
+                exc.add_note(f"point {trial.point}: {trial.where}: {trial.exception!r}")
+                raise
+            if conn.closed:
+                asked += 1
+                conn = await AsyncConnection.connect(proxy.dsn, **timeouts)
+            points += not trial.completed
+        await conn.close()
+    assert asked >= 2  # the point in COMMIT, and the run that nobody cancelled
+    figures(points=points, asked=asked, failures=0)
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize(("loop_name", "how"), sweeps())
 async def test_a_frozen_server_leaves_the_outcome_unknown_and_says_so(
     proxy: FaultProxy, dsn: str, how: Any, figures: Figures
 ) -> None:
-    """Every run meets a COMMIT whose answer never comes; the connection is closed."""
+    """Nobody answers COMMIT, and nobody can be asked; the connection is closed."""
     with psycopg.connect(dsn, autocommit=True) as admin:
         admin.execute("create table t (id int, what text)")
         proxy.inject(Freeze(), command_complete("COMMIT"))
         points, unknown, run = 0, 0, Run(0)
         conn = await AsyncConnection.connect(proxy.dsn, commit_timeout=0.15, cancel_timeout=0.15)
+        proxy.refuse = True
 
         async def work() -> None:
             nonlocal run
@@ -147,9 +181,11 @@ async def test_a_frozen_server_leaves_the_outcome_unknown_and_says_so(
                 # It did commit: the server just could not say so.
                 count = "select count(*) from t where id = %s"
                 assert admin.execute(count, (run.id,)).fetchone() == (2,), where
+                proxy.refuse = False
                 conn = await AsyncConnection.connect(
                     proxy.dsn, commit_timeout=0.15, cancel_timeout=0.15
                 )
+                proxy.refuse = True
             else:
                 check(admin, run, trial)
                 assert not conn.closed, where

@@ -110,14 +110,23 @@ async def test_an_unknown_outcome_is_run_again_only_if_the_work_is_idempotent(
     admin.execute("create table t (id int)")
     proxy.inject(Cut("rst"), command_complete("COMMIT"), times=1)
     retry = Retry(idempotent=idempotent)
-    async with Database(proxy.dsn, min_size=1) as db:
+    timeouts: Any = {"commit_timeout": 0.2, "cancel_timeout": 0.1}
+    async with Database(proxy.dsn, min_size=1, **timeouts) as db:
 
         @db.atomic(retry=retry)
         async def work() -> None:
             await db.execute("insert into t values (1)")
+            proxy.refuse = not retry.retries  # nobody can be asked what became of the first
+
+        async def server_comes_back() -> None:
+            while not retry.retries:
+                await anyio.lowlevel.checkpoint()
+            proxy.refuse = False
 
         if idempotent:
-            await work()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(server_comes_back)
+                await work()
         else:
             with pytest.raises(CommitUnknown) as caught:
                 await work()

@@ -18,6 +18,8 @@ from aiopgsafe import (
     IsolationLevel,
     Rollback,
     TransactionState,
+    resolve_commit,
+    safe_to_retry,
 )
 from aiopgsafe.testing import Cut, Delay, FaultProxy, command_complete, query
 
@@ -102,17 +104,17 @@ async def test_an_error_in_answer_to_commit_is_known_to_have_rolled_back(conn: C
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["rst", "fin"])
-async def test_a_connection_lost_in_commit_leaves_the_outcome_unknown(
+async def test_a_connection_lost_in_commit_whose_server_cannot_be_asked_leaves_it_unknown(
     conn: Conn, proxy: FaultProxy, when: Any, how: Any
 ) -> None:
-    """Cut before the server has COMMIT it is rolled back, cut after it is committed."""
     called: list[str] = []
     if when == "before":
         proxy.inject(Cut(how), query("COMMIT"))
     else:
         proxy.inject(Cut(how), command_complete("COMMIT"))
-    other = await AsyncConnection.connect(proxy.dsn)
-    with pytest.raises(CommitUnknown) as info:
+    other = await AsyncConnection.connect(proxy.dsn, commit_timeout=0.3, cancel_timeout=0.1)
+    proxy.refuse = True
+    with pytest.raises(CommitUnknown, match="can't be asked") as info:
         async with other.transaction() as tx:
             tx.on_commit(called.append, "commit")
             tx.on_rollback(called.append, "rollback")
@@ -123,13 +125,45 @@ async def test_a_connection_lost_in_commit_leaves_the_outcome_unknown(
     assert other.broken
     assert isinstance(info.value.__cause__, psycopg.OperationalError)
     assert info.value.sqlstate == "08007"
-    assert info.value.xid is None
+    assert info.value.xid == tx.xid
+    assert tx.xid is not None
+    # What was not known then can be asked for later.
+    state = await resolve_commit(tx.ticket(), conn.info.dsn)
+    assert state is (S.ROLLED_BACK if when == "before" else S.COMMITTED)
 
 
-async def test_a_session_terminated_inside_its_commit_is_unknown(conn: Conn, dsn: str) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["rst", "fin"])
+async def test_a_connection_lost_in_commit_is_asked_for_over_another_one(
+    conn: Conn, proxy: FaultProxy, when: Any, how: Any
+) -> None:
+    """Cut before the server has COMMIT it is rolled back, cut after it is committed."""
+    called: list[str] = []
+    error: Exception | None = None
+    proxy.inject(Cut(how), query("COMMIT") if when == "before" else command_complete("COMMIT"))
+    other = await AsyncConnection.connect(proxy.dsn)
+    try:
+        async with other.transaction() as tx:
+            tx.on_commit(called.append, "commit")
+            tx.on_rollback(called.append, "rollback")
+            await tx.execute("insert into t values (1)")
+    except psycopg.OperationalError as exc:
+        error = exc
+    assert other.closed
+    rows = await one(conn, "select count(*) from t")
+    if when == "before":
+        assert (tx.state, called, rows) == (S.ROLLED_BACK, ["rollback"], 0)
+        assert error is not None
+        assert safe_to_retry(error)
+        assert "the server was asked: the transaction is rolled back" in error.__notes__[0]
+    else:
+        assert (tx.state, called, rows, error) == (S.COMMITTED, ["commit"], 1, None)
+
+
+async def test_a_session_terminated_inside_its_commit_is_asked_for(conn: Conn, dsn: str) -> None:
     """FATAL in answer to COMMIT may come before or after the commit record was written."""
     other = await AsyncConnection.connect(dsn, autocommit=True)
-    with pytest.raises(CommitUnknown) as info:
+    with pytest.raises(psycopg.errors.AdminShutdown) as info:
         async with other.transaction() as tx:
             await tx.execute(
                 "create function pg_temp.die() returns trigger language plpgsql as 'begin"
@@ -140,8 +174,8 @@ async def test_a_session_terminated_inside_its_commit_is_unknown(conn: Conn, dsn
                 " for each row execute function pg_temp.die()"
             )
             await tx.execute("insert into t values (1)")
-    assert isinstance(info.value.__cause__, psycopg.errors.AdminShutdown)
-    assert tx.state is S.UNKNOWN
+    assert safe_to_retry(info.value)
+    assert tx.state is S.ROLLED_BACK
     assert other.closed
 
 
@@ -269,6 +303,8 @@ async def test_isolation_level_read_only_and_deferrable_are_in_begin(
     conn: Conn, dsn: str, proxy: FaultProxy
 ) -> None:
     other = await AsyncConnection.connect(proxy.dsn, autocommit=True)
+    async with other.transaction():  # the first one asks for the server's history
+        pass
     proxy.reset_stats()
     async with other.transaction(
         isolation_level=IsolationLevel.SERIALIZABLE, read_only=True, deferrable=True

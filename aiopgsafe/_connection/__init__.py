@@ -8,5 +8,6 @@ signatures that this folder relies on.
 """
 
 from ._async import AsyncConnection
+from ._resolving import resolve_commit
 
-__all__ = ["AsyncConnection"]
+__all__ = ["AsyncConnection", "resolve_commit"]

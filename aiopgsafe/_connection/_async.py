@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -23,24 +24,21 @@ from psycopg.rows import AsyncRowFactory, Row, TupleRow, tuple_row
 from .. import _backends
 from .._backends import Expired, Waiter
 from .._backends._lock import Lock
-from .._ending import Section, commit, rollback, run
-from .._outcome import TransactionState
-from .._shield import Shield
+from .._ending import Section
 from .._transaction import Transaction
 from .._unit import Unit
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
-from ._events import ConnectionEvents
+from ._endings import Endings
 from ._generators import begin_command, isolation
 from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import ENDS, LISTENS, traits_of
+from ._statements import ENDS, FORGETS, LISTENS, NOTED, traits_of
 
 if TYPE_CHECKING:
-    from psycopg import Xid
-    from psycopg.abc import AdaptContext, ConnParam, PQGen
+    from psycopg.abc import AdaptContext, ConnParam, Params, PQGen
     from psycopg.pq.abc import PGconn
 
 logger = logging.getLogger("aiopgsafe")
@@ -54,7 +52,7 @@ IDLE = pq.TransactionStatus.IDLE
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
-class AsyncConnection(ConnectionEvents[Row]):
+class AsyncConnection(Endings[Row]):
     """A connection to the server: `psycopg.AsyncConnection` for asyncio, uvloop and trio.
 
     The same methods with the same meanings, and these promises more: a COMMIT
@@ -72,6 +70,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         deadline (and ``cancel_timeout``) of the task that begins: of anyio's and trio's
         scopes. An `asyncio.timeout()` is known to nobody else. No round trip more, but a
         command more for the server: off by default.
+    :param commit_token: whether each COMMIT inserts a row of its own, by which its outcome
+        can be known in any case: see the docs, "promises". Off by default.
     """
 
     __module__ = "aiopgsafe"
@@ -81,6 +81,7 @@ class AsyncConnection(ConnectionEvents[Row]):
     commit_timeout: float = 30.0
     cancel_timeout: float = 5.0
     send_deadline: bool = False
+    commit_token: bool = False
 
     _pool: Any  # of a pool's only: psycopg doesn't warn of those that are left open
     _place: Any
@@ -112,6 +113,10 @@ class AsyncConnection(ConnectionEvents[Row]):
         self._signalled = None
         self._uncancellable: object = None
         self._section: Section | None = None
+        self._origin = None
+        self._position = b""
+        self._positions = 0
+        self._reads_only = False
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting
@@ -130,6 +135,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         cancel_timeout: float = 5.0,
         statement_timeout: float | None = None,
         send_deadline: bool = False,
+        commit_token: bool = False,
         **kwargs: ConnParam,
     ) -> Self:
         """Connect to the server, as `psycopg.AsyncConnection.connect()` does.
@@ -143,6 +149,7 @@ class AsyncConnection(ConnectionEvents[Row]):
             limit of ours. Sent in libpq's ``options``, which a PgBouncer refuses unless
             it is told to ignore them.
         :param send_deadline: see the class.
+        :param commit_token: see the class; its table must be there.
 
         Raises `ValueError` or `TypeError` for a bad timeout,
         `psycopg.ProgrammingError` for a bad connection string, and
@@ -154,6 +161,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         if statement_timeout is not None:
             check_timeout("statement_timeout", statement_timeout)
         params = await cls._get_connection_params(conninfo, **kwargs)
+        reach = partial(reach_primary, "", **cast("dict[str, Any]", params))
         service = params.get("service") or "PGSERVICE" in os.environ
         if statement_timeout is not None and not service:
             add_option(params, f"-c statement_timeout={max(1, round(statement_timeout * 1000))}")
@@ -193,6 +201,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         conn.commit_timeout = commit_timeout
         conn.cancel_timeout = cancel_timeout
         conn.send_deadline = send_deadline
+        conn.commit_token = commit_token
+        conn._reach = reach
         conn._statement_timeout = statement_timeout
         conn._limited = statement_timeout is not None
         conn._autocommit = bool(autocommit)
@@ -225,8 +235,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         :param timeout: seconds after which psycopg's ``_WaitTimeout`` is raised.
         """
         found = traits_of(gen)
-        if found & LISTENS:
-            self._told.listening = True
+        if found & NOTED:
+            self._note(found)
         if not found & ENDS:
             return await self._drive(gen, timeout)
         try:
@@ -236,6 +246,13 @@ class AsyncConnection(ConnectionEvents[Row]):
             raise
         self._ended_by_statement(None)
         return result
+
+    def _note(self, found: int) -> None:
+        """Note what a statement's traits say of the session."""
+        if found & LISTENS:
+            self._told.listening = True
+        if found & FORGETS:
+            self._position = b""
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel
@@ -287,79 +304,18 @@ class AsyncConnection(ConnectionEvents[Row]):
         async with self._pipeline as pipeline:
             yield pipeline
 
-    async def _ask(self, query: bytes, timeout: float) -> list[TupleRow]:
+    async def _ask(
+        self, query: bytes, timeout: float, params: Params | None = None
+    ) -> list[TupleRow]:
         """Execute a query of ours. `Expired` without an answer in time, and the end."""
         cur = psycopg.AsyncCursor(self, row_factory=tuple_row)
         async with self.lock:
             try:
-                await self._drive(cur._execute_gen(query, prepare=False), timeout)
+                await self._drive(cur._execute_gen(query, params, prepare=False), timeout)
             except errors._WaitTimeout:
                 self._drop(f"no answer within {timeout:g} seconds")
                 raise Expired from None
         return await cur.fetchall() if cur.description else []
-
-    # Ending transactions
-
-    async def commit(self) -> None:
-        """Commit the current transaction; nothing happens if there is none.
-
-        Once COMMIT has been sent, cancellations and signals wait until its outcome
-        is known, and carry a note that says it.
-
-        Raises `CommitRolledBack`, `CommitUnknown`, or the server's error.
-        """
-        unit = self._unit or Unit(TransactionState.ACTIVE)
-        try:
-            await commit(self, unit, self._commit_unit_gen(unit))
-        finally:
-            self._settled(unit)
-
-    async def rollback(self) -> None:
-        """Roll back the current transaction; nothing happens if there is none. Shielded."""
-        unit = self._unit
-        try:
-            await rollback(self, unit, self._rollback_gen())
-        finally:
-            self._settled(unit)
-
-    async def tpc_commit(self, xid: Xid | str | None = None) -> None:
-        """Commit a two-phase transaction, prepared or not. Shielded as `commit()`."""
-        unit = self._unit or Unit(TransactionState.ACTIVE)
-        limit: bytes | None = None
-        if self._limited and self.pgconn.transaction_status == IDLE and not self._pipeline:
-            async with self.lock:
-                limit = await self.wait(self._unlimit_gen())
-        try:
-            await commit(self, unit, self._tpc_commit_gen(unit, xid))
-        finally:
-            self._settled(unit)
-            if limit is not None and not self.closed:
-                await self._limit_again(limit)
-
-    async def _limit_again(self, limit: bytes) -> None:
-        """Put a timeout back; the outcome is known already, whatever becomes of this."""
-        shield = Shield(self._backend, grace=self.cancel_timeout)
-        try:
-            command = b"SET statement_timeout TO '%s'" % limit
-            await run(self, shield, self._commands_gen([command]))
-        except (Expired, psycopg.Error) as exc:
-            self._drop(f"its statement_timeout could not be put back: {exc}")
-        if shield.held is not None:
-            raise shield.held
-
-    async def tpc_rollback(self, xid: Xid | str | None = None) -> None:
-        """Roll back a two-phase transaction, prepared or not. Shielded."""
-        unit = self._unit
-        try:
-            await rollback(self, unit, self._tpc_finish_gen("ROLLBACK", xid))
-        finally:
-            self._settled(unit)
-
-    def _settled(self, unit: Unit | None) -> None:
-        # Asked for like that: a callback may have given the connection back.
-        ours = self.__dict__.get("_unit")
-        if unit is not None and unit.state is not TransactionState.ACTIVE and unit is ours:
-            self._unit = None
 
     def transaction(  # type: ignore[override]  # psycopg's is a generator around a block
         self,
@@ -369,6 +325,7 @@ class AsyncConnection(ConnectionEvents[Row]):
         isolation_level: IsolationLevel | int | None = None,
         read_only: bool | None = None,
         deferrable: bool | None = None,
+        commit_token: bool | None = None,
     ) -> Transaction[Row]:
         """A transaction block, or a savepoint inside one. ``async with`` it.
 
@@ -377,6 +334,8 @@ class AsyncConnection(ConnectionEvents[Row]):
         :param isolation_level: of the outermost block, in its BEGIN; so are
         :param read_only: and
         :param deferrable: ; None: as the connection's attributes say.
+        :param commit_token: whether its COMMIT inserts a row of its own (see the class), of
+            the outermost block; None: as the connection does.
 
         Raises `ValueError` for an unknown isolation level; entering raises
         `psycopg.ProgrammingError` if they are given for a savepoint.
@@ -389,7 +348,9 @@ class AsyncConnection(ConnectionEvents[Row]):
                 self.read_only if read_only is None else read_only,
                 self.deferrable if deferrable is None else deferrable,
             )
-        return Transaction(self, savepoint_name, force_rollback, begin=begin)
+        return Transaction(
+            *(self, savepoint_name, force_rollback), begin=begin, commit_token=commit_token
+        )
 
     async def __aexit__(
         self,
@@ -433,17 +394,21 @@ class AsyncConnection(ConnectionEvents[Row]):
         """Move to a new object for the next holder; this one raises `ConnectionReleased`."""
         return renewed(self)
 
-    async def _settle_at_close(self) -> None:
-        unit, self._unit = self._unit, None
-        if unit is not None and unit.state is TransactionState.ACTIVE:
-            prepared = self._tpc is not None and self._tpc[1]
-            async with Section(self) as section:
-                unit.advance(TransactionState.UNKNOWN if prepared else TransactionState.ROLLED_BACK)
-                section.outcome = unit.state.value
-                section.callbacks = unit.take()
-
     def __del__(self) -> None:  # type: ignore[override]
         channel = getattr(self, "_channel", None)
         if channel is not None and not channel.closed:
             channel.discard()
         super().__del__()
+
+
+CONNECT_TIMEOUT = 5
+"""Seconds for a host to answer when an outcome is asked for, unless its parameters say less."""
+
+
+async def reach_primary(conninfo: str = "", **params: Any) -> AsyncConnection[TupleRow]:
+    """A connection to whichever of the hosts is the primary, to ask for an outcome there."""
+    params["connect_timeout"] = min(
+        int(params.get("connect_timeout") or CONNECT_TIMEOUT), CONNECT_TIMEOUT
+    )
+    params["target_session_attrs"] = "primary"
+    return await AsyncConnection.connect(conninfo, autocommit=True, **params)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, pq
+from psycopg._preparing import Prepare
 from psycopg.rows import Row
 
 from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._statements import ENDS, LISTENS, traits
+from ._riding import check, collect_gen, leave_pipeline_mode
+from ._statements import ENDS, NOTED, traits
 
 if TYPE_CHECKING:
-    from psycopg.abc import Params, Query
+    from psycopg._queries import PostgresQuery
+    from psycopg.abc import Params, PQGen, Query
 
     from .._ending import Session
 
@@ -39,8 +42,8 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         """Execute a query, as `psycopg.AsyncCursor.execute()` does."""
         conn: Any = self._conn
         found = traits(query, self)
-        if found & LISTENS:
-            conn._told.listening = True
+        if found & NOTED:
+            conn._note(found)
         # Not `async with`: two coroutines less, at each statement.
         lock: Lock = conn.lock
         if not lock.try_acquire():
@@ -58,6 +61,44 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if found & ENDS:
             conn._ended_by_statement(None)
         return self
+
+    def _maybe_prepare_gen(
+        self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        """psycopg's; behind the first statement that writes the transaction's number is read."""
+        conn: Any = self._conn
+        unit = conn._unnumbered(pgq.query)
+        if unit is None:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        pgconn = self._pgconn
+        prep, name = self._get_prepared(pgq, prepare)
+        pgconn.enter_pipeline_mode()
+        try:
+            if prep is Prepare.NO:
+                self._execute_send(pgq, binary=binary, force_extended=True)
+            else:
+                if prep is Prepare.SHOULD:
+                    self._send_prepare(name, pgq)
+                self._send_query_prepared(name, pgq, binary=binary)
+            conn._send_position()
+            pgconn.pipeline_sync()
+            key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
+            results = yield from collect_gen(pgconn)
+        finally:
+            leave_pipeline_mode(pgconn)
+        if prep is Prepare.SHOULD and results[0].status == FATAL_ERROR:
+            conn._prepared._names.pop(conn._prepared.key(pgq), None)
+        own = [results[1 if prep is Prepare.SHOULD else 0]]
+        if key is not None:
+            conn._prepared.validate(key, prep, name, own)
+        conn._numbered(unit, results[-1])
+        check(results, pgconn)
+        self._check_results(own)
+        self._set_results(own)
+
+
+FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

@@ -14,6 +14,8 @@ from psycopg.rows import Row
 
 from .._backends import Backend
 from .._outcome import TransactionState, check_tag, ended_by_statement
+from .._unit import Unit
+from ._riding import POSITION_QUERY, Riding, check, collect_gen, leave_pipeline_mode, together_gen
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
     from .._transaction import Transaction
-    from .._unit import Unit
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -37,14 +38,13 @@ INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
 
-class EndingGenerators(psycopg.AsyncConnection[Row]):
+class EndingGenerators(Riding[Row]):
     """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
 
     cancel_timeout: float
     send_deadline: bool
+    commit_token: bool
     _backend: Backend
-    _blocks: list[Transaction[Any]]
-    _unit: Unit | None
     _statement_timeout: float | None
     _limited: bool  # whether COMMIT has a timeout to be rid of
 
@@ -72,7 +72,8 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if self._unit is not None and self.pgconn.transaction_status == IDLE:
             self._forget_unit()
         if not self._autocommit and self.pgconn.transaction_status == IDLE:
-            yield from self._commands_gen(self._begin_commands(self._time_left()))
+            yield from self._begin_gen(self._begin_commands(self._time_left()))
+            self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
 
     def _ended_by_statement(self, error: BaseException | None) -> None:
         """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
@@ -119,7 +120,7 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
     def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
         self._check_connection_ok()
         if self._pipeline:
-            return (yield from self._pipelined_gen(commands))
+            return (yield from self._pipelined_gen(commands))[-1]
         # The simple protocol: poolers know it, and it takes several commands at once.
         self.pgconn.send_query(b";".join(commands))
         result: PGresult = (yield from generators.execute(self.pgconn))[-1]
@@ -135,8 +136,8 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         if result.status != EMPTY_QUERY:
             raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
-    def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        """Send commands in pipeline mode and have the last one's result at once.
+    def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[list[PGresult]]:
+        """Send commands in pipeline mode and have their results at once.
 
         psycopg checks the results of its own commands and drops them. Ours goes
         through the queue in the place of a cursor that keeps it. An error of an
@@ -152,23 +153,32 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
                 if self.pgconn.status != OK:
                     raise
                 logger.debug("earlier error in pipeline on %s: %s", self, exc)
-        kept = _KeptResult(self.pgconn)
+        kept = _KeptResults(self.pgconn)
         for command in commands:
             pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
             pipeline.result_queue.append(cast("Any", (kept, None)))
         yield from pipeline._sync_gen()
-        assert kept.result is not None
-        return kept.result
+        return kept.results
 
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
         commands = [b"COMMIT"]
-        if self._limited and self.pgconn.transaction_status == INTRANS:
+        lives = self.pgconn.transaction_status == INTRANS
+        if lives and unit.token is not None:
+            commands.insert(0, unit.token.insert)
+        if lives and self._limited:
             # A timeout cancels even the wait for synchronous replication: committed
             # here, and not there.
             commands.insert(0, NO_TIMEOUT)
-        result = yield from self._commands_gen(commands)
+        unnumbered = unit.xid is None and unit.token is None and not self._reads_only
+        if lives and self._origin and unnumbered:
+            result = yield from self._numbered_commit_gen(unit, commands)
+        elif unit.token is not None and not self._pipeline:
+            # One round trip, and not one query: an error of the first doesn't hide.
+            result = yield from self._commit_together_gen(commands)
+        else:
+            result = yield from self._commands_gen(commands)
         if (tag := result.command_status) != b"COMMIT":
             try:
                 yield from self._forget_prepared_gen()
@@ -176,6 +186,40 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
                 logger.warning("error ignored after the rollback of %s: %s", self, exc)
             check_tag(tag)
         return True
+
+    def _numbered_commit_gen(self, unit: Unit, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        """COMMIT of a transaction whose number isn't known yet: it comes back just before it."""
+        if self._pipeline:
+            position, *results = yield from self._pipelined_gen([POSITION_QUERY, *commands])
+            self._numbered(unit, position)
+            return results[-1]
+        pgconn = self.pgconn
+        pgconn.enter_pipeline_mode()
+        try:
+            prepared = self._send_position()
+            pgconn.send_flush_request()  # what is lost with COMMIT's answer is no help
+            for command in commands:
+                pgconn.send_query_params(command, None)
+            pgconn.pipeline_sync()
+            results = yield from collect_gen(
+                pgconn, seen={1 if prepared else 0: partial(self._numbered, unit)}
+            )
+        finally:
+            leave_pipeline_mode(pgconn)
+        check(results, pgconn)
+        return results[-1]
+
+    def _commit_together_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        pgconn = self.pgconn
+        sends = [partial(pgconn.send_query_params, command, None) for command in commands]
+        results = yield from together_gen(pgconn, sends)
+        check(results, pgconn)
+        return results[-1]
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None:
+            self._position = b""  # DEALLOCATE ALL
+        yield from super()._deallocate(name)
 
     def _commit_unit_gen(self, unit: Unit) -> PQGen[bool]:
         """For `commit()`, with psycopg's guards."""
@@ -249,12 +293,12 @@ class EndingGenerators(psycopg.AsyncConnection[Row]):
         yield from self._prepared.maintain_gen(self)
 
 
-class _KeptResult:
-    """Stands in a pipeline's queue for a cursor: keeps the result instead of showing it."""
+class _KeptResults:
+    """Stands in a pipeline's queue for a cursor: keeps the results instead of showing them."""
 
     def __init__(self, pgconn: PGconn) -> None:
         self._pgconn = pgconn
-        self.result: PGresult | None = None
+        self.results: list[PGresult] = []
 
     def _check_results(self, results: Sequence[PGresult]) -> None:
         (result,) = results
@@ -264,7 +308,7 @@ class _KeptResult:
             raise errors.PipelineAborted("pipeline aborted")
 
     def _set_results(self, results: Sequence[PGresult]) -> None:
-        self.result = results[0]
+        self.results += results
 
 
 def set_timeout(seconds: float) -> bytes:

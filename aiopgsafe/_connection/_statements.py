@@ -12,10 +12,15 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-LISTENS, ENDS = 1, 2
-"""Traits: it may contain LISTEN; one of its commands ends the transaction."""
+LISTENS, ENDS, WRITES, FORGETS = 1, 2, 4, 8
+"""Traits: it may contain LISTEN; one of its commands ends the transaction; it is a single
+INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements."""
+
+NOTED = LISTENS | ENDS | FORGETS
+"""Traits that the connection must know of."""
 
 _WORDS = (b"commit", b"end", b"rollback", b"abort", b"prepare")
+_NOTED_WORDS = (b"listen", b"deallocate", b"discard")
 _ENDING = re.compile(
     rb"(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
     rb"|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",  # to a savepoint
@@ -33,26 +38,34 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_DML = re.compile(
+    rb"insert|update|delete|merge|with\b(?=.*\b(?:insert|update|delete|merge)\b)", re.DOTALL
+)
 _COMMENT = re.compile(rb"/\*|\*/")
 
 
 def traits(query: Query, cursor: psycopg.AsyncCursor[Any]) -> int:
     """LISTENS, ENDS, both, or 0. Asked for each statement; of LISTEN it errs on the safe side."""
     if query.__class__ is str or query.__class__ is bytes:
-        return _traits(query)
+        return traits_of_text(query)
     text = repr(query).lower().encode()
-    if b"listen" not in text and not any(word in text for word in _WORDS):
+    if not any(word in text for word in _WORDS + _NOTED_WORDS):
         return 0
-    return _traits(query.as_bytes(cursor) if isinstance(query, sql.Composable) else text)
+    return traits_of_text(query.as_bytes(cursor) if isinstance(query, sql.Composable) else text)
 
 
 @lru_cache(1024)
-def _traits(query: str | bytes) -> int:
+def traits_of_text(query: str | bytes) -> int:
+    """`traits()` of a statement as it is sent."""
     text = query.encode() if isinstance(query, str) else query
     lower = text.lower()
     found = LISTENS if b"listen" in lower else 0
+    if b"deallocate" in lower or b"discard" in lower:
+        found |= FORGETS
     if any(word in lower for word in _WORDS) and ends_transaction(text):
         found |= ENDS
+    if _DML.match(lower.lstrip()) and b";" not in lower:
+        found |= WRITES
     return found
 
 
@@ -116,7 +129,7 @@ def ending_statement(
     """
     for queued in pipeline.result_queue if pipeline is not None else ():
         sent = getattr(queued[0], "_query", None) if queued is not None else None
-        if sent is not None and _traits(sent.query) & ENDS:
+        if sent is not None and traits_of_text(sent.query) & ENDS:
             return cast("psycopg.AsyncCursor[Any]", queued[0])  # type: ignore[index]
     if traits_of(gen) & ENDS:
         return cast("psycopg.AsyncCursor[Any]", cast("Any", gen).gi_frame.f_locals["self"])

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from .._connection import AsyncConnection
+from .._connection._async import reach_primary
 from .._connection._released import prepare
 
 Callback: TypeAlias = Callable[[Any], Awaitable[None]]
@@ -104,7 +105,17 @@ class ConnectOptions:
         """A new connection, configured. Raises what connecting and `configure` raise."""
         kwargs = dict(await _given(self.kwargs) or {})
         conninfo = await _given(self.conninfo)
-        return await self.connection_class.connect(conninfo or "", **kwargs)
+        conn = await self.connection_class.connect(conninfo or "", **kwargs)
+        if callable(self.conninfo) or callable(self.kwargs):
+            conn._reach = self._reach
+        return conn
+
+    async def _reach(self) -> AsyncConnection[Any]:
+        """Where an outcome is asked for: what was given at connect may be of no use any more."""
+        kwargs = dict(await _given(self.kwargs) or {})
+        conninfo = await _given(self.conninfo)
+        params = conninfo_to_dict(conninfo or "", **{k: v for k, v in kwargs.items() if k in LIBPQ})
+        return await reach_primary("", **cast("dict[str, Any]", params))
 
     async def connect_to_listen(self, conninfo: str | None) -> AsyncConnection[Any]:
         """A connection of a listener's own, which finds out by itself that it is dead.

@@ -1,0 +1,186 @@
+"""What rides on the program's own statements, in one round trip with them.
+
+Where a COMMIT is lost, the server is asked by the transaction's number (`_resolver`). That
+must be known before COMMIT is sent: it is read behind the transaction's first statement that
+writes, and the server's history with the connection's first BEGIN. libpq's pipeline mode
+carries them; psycopg's own pipelines are not involved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import errors, generators, pq
+from psycopg.rows import Row
+
+from .._resolver import HISTORY, POSITION, Origin
+from ._statements import WRITES, traits_of_text
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn, PGresult
+
+    from .._transaction import Transaction
+    from .._unit import Unit
+
+logger = logging.getLogger("aiopgsafe")
+
+OK = pq.ConnStatus.OK
+INTRANS = pq.TransactionStatus.INTRANS
+SYNC = pq.ExecStatus.PIPELINE_SYNC
+ABORTED = pq.ExecStatus.PIPELINE_ABORTED
+FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
+TUPLES_OK = pq.ExecStatus.TUPLES_OK
+
+HISTORY_QUERY = " ".join(HISTORY.split()).encode()
+POSITION_QUERY = POSITION.encode()
+
+Results = list["PGresult"]
+
+
+class Riding(psycopg.AsyncConnection[Row]):
+    """The part of `AsyncConnection` that knows where its transactions can be asked for.
+
+    :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
+        server doesn't answer, or a pooler stands between: the session isn't ours.
+    :ivar _position: the name under which its query is prepared; empty: it isn't.
+    """
+
+    _origin: Origin | bool | None
+    _position: bytes
+    _positions: int
+    _reads_only: bool  # what the transaction was begun as
+    _blocks: list[Transaction[Any]]
+    _unit: Unit | None
+
+    @property
+    def _current_unit(self) -> Unit | None:
+        """Of the transaction that the session is in."""
+        return self._blocks[-1]._unit if self._blocks else self._unit
+
+    def _unnumbered(self, query: bytes) -> Unit | None:
+        """The transaction whose number is to be read behind this statement, if any is."""
+        if (
+            self._origin
+            and self._pipeline is None
+            and (unit := self._current_unit) is not None
+            and unit.xid is None
+            and traits_of_text(query) & WRITES
+            and self.pgconn.transaction_status == INTRANS
+        ):
+            return unit
+        return None
+
+    def _send_position(self) -> bool:
+        """Into a pipeline. Whether it is prepared with it: one more result comes, before its."""
+        prepare = not self._position
+        if prepare:
+            # A new name each time: a DEALLOCATE of the program's own may have spared it.
+            self._positions += 1
+            self._position = b"_aiopgsafe_%d" % self._positions
+            self.pgconn.send_prepare(self._position, POSITION_QUERY)
+        self.pgconn.send_query_prepared(self._position, None)
+        return prepare
+
+    def _numbered(self, unit: Unit, result: PGresult) -> None:
+        """Note the number of the unit's transaction, if it has one."""
+        if result.status != TUPLES_OK:
+            self._position = b""
+            return
+        xid, lsn = result.get_value(0, 0), result.get_value(0, 1)
+        if xid is not None and lsn is not None and isinstance(self._origin, Origin):
+            unit.number(self._origin, int(xid), lsn.decode())
+
+    def _begin_gen(self, commands: Sequence[bytes]) -> PQGen[None]:
+        """BEGIN. The connection's first one asks for the server's history, in the same trip."""
+        self._reads_only = b"READ ONLY" in commands[0]
+        if self._origin is not None or self._pipeline:
+            yield from self._commands_gen(commands)
+            return
+        self._check_connection_ok()
+        pgconn = self.pgconn
+        sends: list[Callable[[], None]] = [
+            partial(pgconn.send_query_params, HISTORY_QUERY, None),
+            pgconn.pipeline_sync,  # it may fail, and BEGIN not with it
+            *(partial(pgconn.send_query_params, command, None) for command in commands),
+        ]
+        history, *begun = yield from together_gen(pgconn, sends, syncs=2)
+        self._origin = False
+        if history.status == TUPLES_OK and history.ntuples == 1:
+            values = [history.get_value(0, column) for column in range(history.nfields)]
+            row = [None if value is None else value.decode() for value in values]
+            origin = Origin.of(row)
+            if origin.pid == pgconn.backend_pid and row[0] and row[2]:
+                self._origin = origin
+        elif history.status == FATAL_ERROR:
+            logger.info("outcomes of %s can't be asked for: %s", self, history.error_message)
+        check(begun, pgconn)
+
+    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        raise NotImplementedError
+
+
+def together_gen(
+    pgconn: PGconn, sends: Sequence[Callable[[], None]], syncs: int = 1
+) -> PQGen[Results]:
+    """Send all in one pipeline; the result of each, errors too, but not of the Syncs.
+
+    :param syncs: that come back, the one at the end included.
+    """
+    pgconn.enter_pipeline_mode()
+    try:
+        for send in sends:
+            send()
+        pgconn.pipeline_sync()
+        return (yield from collect_gen(pgconn, syncs))
+    finally:
+        leave_pipeline_mode(pgconn)
+
+
+def collect_gen(
+    pgconn: PGconn, syncs: int = 1, seen: dict[int, Callable[[PGresult], None]] | None = None
+) -> PQGen[Results]:
+    """Send what is queued, and take all results up to the last Sync.
+
+    :param seen: called with the result at that place as soon as it is there: those behind
+        it may never come.
+    """
+    results: Results = []
+    try:
+        some = yield from generators.execute(pgconn)
+        while True:
+            if some and some[0].status == SYNC:
+                syncs -= 1
+                if not syncs:
+                    return results
+            else:
+                results += some
+                if seen is not None and (call := seen.get(len(results) - 1)) is not None:
+                    call(results[-1])
+            some = yield from generators.fetch_many(pgconn)
+    except psycopg.Error:
+        # A session that ends says why before its connection does.
+        check(results, pgconn)
+        raise
+
+
+def leave_pipeline_mode(pgconn: PGconn) -> None:
+    """At the end, or wherever an exception has hit: what is left then is taken by who stops it."""
+    if pgconn.status == OK and pgconn.pipeline_status:
+        try:
+            pgconn.exit_pipeline_mode()
+        except psycopg.Error as exc:
+            logger.debug("pipeline mode goes on: %s", exc)
+
+
+def check(results: Results, pgconn: PGconn) -> None:
+    """Raise the first error among results."""
+    for result in results:
+        if result.status == FATAL_ERROR:
+            raise errors.error_from_result(result, encoding=pgconn._encoding)
+        if result.status == ABORTED:
+            raise errors.PipelineAborted("pipeline aborted")
