@@ -152,6 +152,11 @@ class Origin:
     pid: int
     backend_start: str
 
+    @property
+    def session(self) -> dict[str, Any]:
+        """Parameters of `ASK` and `EVICT`."""
+        return {"pid": self.pid, "backend_start": self.backend_start}
+
     @classmethod
     def of(cls, row: Sequence[str | None]) -> Origin:
         """From the row that `HISTORY` gives."""
@@ -165,16 +170,11 @@ class Ticket:
 
     :ivar xid: the transaction's number (`xid8`: it doesn't wrap around).
     :ivar lsn: where the WAL ended when the number was read.
-    :ivar history: of the server.
-    :ivar pid: of the session's server process.
-    :ivar backend_start: when that began: process numbers are used again.
     """
 
     xid: int
     lsn: str
-    history: History
-    pid: int
-    backend_start: str
+    origin: Origin
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
@@ -182,7 +182,7 @@ class Ticket:
     @property
     def where(self) -> str:
         """For people: which transaction of which server."""
-        history = self.history
+        history = self.origin.history
         return f"transaction {self.xid} of system {history.system}, timeline {history.timeline}"
 
 
@@ -217,10 +217,12 @@ def parse_ticket(text: str) -> Ticket | Token:
         fields: dict[str, Any] = json.loads(text)
         if "token" in fields:
             return Token(str(UUID(**{"hex": fields.pop("token"), **fields})))
-        ticket = Ticket(**{**fields, "history": History(**fields["history"])})
+        origin = fields["origin"]
+        origin = Origin(**{**origin, "history": History(**origin["history"])})
+        ticket = Ticket(**{**fields, "origin": origin})
         position(ticket.lsn)
-        int(ticket.history.timeline, 16)
-        ints = isinstance(ticket.xid, int) and isinstance(ticket.pid, int)
+        int(origin.history.timeline, 16)
+        ints = isinstance(ticket.xid, int) and isinstance(origin.pid, int)
     except (TypeError, KeyError, AttributeError, ValueError) as exc:
         raise ValueError(f"this is no ticket of a transaction: {text!r}") from exc
     if not ints:
@@ -260,7 +262,7 @@ class Answer(NamedTuple):
 
 def judge(ticket: Ticket, answer: Answer) -> TransactionState | None:
     """The outcome; None: not decided yet, ask again."""
-    history = ticket.history
+    history = ticket.origin.history
     if answer.in_recovery:
         return None
     if answer.system != history.system:

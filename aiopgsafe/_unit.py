@@ -76,8 +76,7 @@ class Unit:
             return self.token
         if self._origin is None or self.xid is None:
             return None
-        origin = self._origin
-        return Ticket(self.xid, self._lsn, origin.history, origin.pid, origin.backend_start)
+        return Ticket(self.xid, self._lsn, self._origin)
 
     def advance(self, state: TransactionState) -> None:
         if state not in TRANSITIONS[self.state]:

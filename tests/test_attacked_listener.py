@@ -43,8 +43,9 @@ def end_sessions(admin: Admin) -> None:
 async def test_a_gap_stands_where_something_is_missing_beside_a_slow_subscriber(
     db: Database, admin: Admin
 ) -> None:
-    async with db.listen("a", max_buffer=2), db.listen("a") as subscription:
+    async with db.listen("a", max_buffer=2) as slow, db.listen("a") as subscription:
         admin.execute("select pg_notify('a', i::text) from generate_series(0, 9) i")
+        await until(lambda: slow.excess == 8)  # a session that is ended delivers nothing more
         end_sessions(admin)
         items = await take(subscription, 11)
         assert [i.payload for i in items[:10]] == [str(i) for i in range(10)]

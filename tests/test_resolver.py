@@ -33,7 +33,7 @@ COMMITTED, ROLLED_BACK, UNKNOWN = (
 )
 
 HERE = History("7", "00000001", "2026-01-01", "2026", None)
-TICKET = Ticket(100, "0/2000", HERE, 1, "2026-01-02")
+TICKET = Ticket(100, "0/2000", Origin(HERE, 1, "2026-01-02"))
 SAME = Answer("7", "00000001", "2026-01-01", "2026", None, None)
 RECOVERED = Answer("7", "00000001", "2026-01-03", "2026", "0/3000", None)
 
@@ -94,15 +94,11 @@ def begin(conn: Conn, id: int) -> Ticket:
     assert position is not None
     origin = Origin.of(history)
     assert origin.pid == conn.info.backend_pid
-    return Ticket(int(position[0]), position[1], origin.history, origin.pid, origin.backend_start)
+    return Ticket(int(position[0]), position[1], origin)
 
 
 def ask(dsn: str, ticket: Ticket) -> Answer:
-    values = {
-        "pid": ticket.pid,
-        "backend_start": ticket.backend_start,
-        "xid": str(ticket.xid),
-    }
+    values = {**ticket.origin.session, "xid": str(ticket.xid)}
     with psycopg.connect(dsn, autocommit=True) as conn:
         row = conn.execute(ASK.encode(), values).fetchone()
         assert row is not None

@@ -13,7 +13,7 @@ from psycopg import errors
 from .._backends import Backend, Expired, sleep
 from .._errors import brief
 from .._outcome import TransactionState
-from .._resolver import ASK, EVICT, STATUS, Answer, Ticket, Token, judge
+from .._resolver import ASK, EVICT, STATUS, Answer, Origin, Ticket, Token, judge
 
 if TYPE_CHECKING:
     from psycopg.abc import Params
@@ -46,9 +46,16 @@ READ_TOKEN = b"select resolved from aiopgsafe_token where token = %(token)s::uui
 
 
 async def look_up(
-    ticket: Ticket | Token, reach: Reach, backend: Backend, until: float
+    ticket: Ticket | Token,
+    reach: Reach,
+    backend: Backend,
+    until: float,
+    origin: Origin | None = None,
 ) -> tuple[TransactionState, str]:
-    """The outcome, UNKNOWN if it can't be known by `until`; and what kept it from being known."""
+    """The outcome, UNKNOWN if it can't be known by `until`; and what kept it from being known.
+
+    :param origin: the session whose COMMIT it was, if a `Token` doesn't say.
+    """
     pause, asked = FIRST_PAUSE, 0
     why = "nothing could be asked"
     conn: AsyncConnection[Any] | None = None
@@ -59,7 +66,7 @@ async def look_up(
                     conn = await reach()
                 left = max(until - monotonic(), 0.1)
                 if isinstance(ticket, Token):
-                    return await _redeem(conn, ticket, left), ""
+                    return await _redeem(conn, ticket, left, origin), ""
                 asked += 1
                 state, why = await _ask(conn, ticket, left, evict=asked > PATIENCE)
                 if state is not None:
@@ -83,11 +90,7 @@ async def _ask(
     conn: AsyncConnection[Any], ticket: Ticket, left: float, *, evict: bool
 ) -> tuple[TransactionState | None, str]:
     """One question: the outcome, None if it is open yet; and what stands in the way."""
-    values: Params = {
-        "pid": ticket.pid,
-        "backend_start": ticket.backend_start,
-        "xid": str(ticket.xid),
-    }
+    values: Params = {**ticket.origin.session, "xid": str(ticket.xid)}
     (row,) = await conn._ask(ASK.encode(), left, values)
     answer = Answer(*row)
     if answer.in_recovery:
@@ -105,7 +108,9 @@ async def _ask(
     return state, f"the session is still {answer.session or 'about to end'}"
 
 
-async def _redeem(conn: AsyncConnection[Any], token: Token, left: float) -> TransactionState:
+async def _redeem(
+    conn: AsyncConnection[Any], token: Token, left: float, origin: Origin | None
+) -> TransactionState:
     """Insert the transaction's own row: then it never can, or it has, and it is committed.
 
     An open transaction that has inserted it is waited for. That the answer of our own
@@ -114,4 +119,7 @@ async def _redeem(conn: AsyncConnection[Any], token: Token, left: float) -> Tran
     values: Params = {"token": token.token}
     await conn._ask(ADD_TOKEN, left, values)
     ((resolved,),) = await conn._ask(READ_TOKEN, left, values)
+    if resolved and origin is not None:
+        # It may wait for its client for ever, and others for its locks.
+        await conn._ask(EVICT.encode(), left, origin.session)
     return ROLLED_BACK if resolved else COMMITTED

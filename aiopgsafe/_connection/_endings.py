@@ -11,6 +11,7 @@ from psycopg.rows import Row
 from .._backends import Expired
 from .._ending import Section, commit, rollback, run
 from .._outcome import TransactionState
+from .._resolver import Origin
 from .._shield import Shield
 from .._unit import Unit
 from ._asking import Reach, look_up
@@ -32,7 +33,8 @@ class Endings(ConnectionEvents[Row]):
 
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of a transaction whose COMMIT was lost, and what was tried to know it."""
-        return await look_up(ticket, self._reach, self._backend, until)
+        origin = self._origin if isinstance(self._origin, Origin) else None
+        return await look_up(ticket, self._reach, self._backend, until, origin)
 
     async def commit(self) -> None:
         """Commit the current transaction; nothing happens if there is none.

@@ -15,7 +15,7 @@ from psycopg.rows import Row
 from .._backends import Backend
 from .._outcome import TransactionState, check_tag, ended_by_statement
 from .._unit import Unit
-from ._riding import POSITION_QUERY, Riding, check, collect_gen, leave_pipeline_mode, together_gen
+from ._riding import POSITION_QUERY, Riding, check, collect_gen, leave_pipeline_mode
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -166,6 +166,7 @@ class EndingGenerators(Riding[Row]):
         commands = [b"COMMIT"]
         lives = self.pgconn.transaction_status == INTRANS
         if lives and unit.token is not None:
+            # In one message with COMMIT: a session that has inserted it never waits.
             commands.insert(0, unit.token.insert)
         if lives and self._limited:
             # A timeout cancels even the wait for synchronous replication: committed
@@ -174,9 +175,6 @@ class EndingGenerators(Riding[Row]):
         unnumbered = unit.xid is None and unit.token is None and not self._reads_only
         if lives and self._origin and unnumbered:
             result = yield from self._numbered_commit_gen(unit, commands)
-        elif unit.token is not None and not self._pipeline:
-            # One round trip, and not one query: an error of the first doesn't hide.
-            result = yield from self._commit_together_gen(commands)
         else:
             result = yield from self._commands_gen(commands)
         if (tag := result.command_status) != b"COMMIT":
@@ -206,13 +204,6 @@ class EndingGenerators(Riding[Row]):
             )
         finally:
             leave_pipeline_mode(pgconn)
-        check(results, pgconn)
-        return results[-1]
-
-    def _commit_together_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        pgconn = self.pgconn
-        sends = [partial(pgconn.send_query_params, command, None) for command in commands]
-        results = yield from together_gen(pgconn, sends)
         check(results, pgconn)
         return results[-1]
 

@@ -69,6 +69,7 @@ class Riding(psycopg.AsyncConnection[Row]):
             and self._pipeline is None
             and (unit := self._current_unit) is not None
             and unit.xid is None
+            and unit.token is None
             and traits_of_text(query) & WRITES
             and self.pgconn.transaction_status == INTRANS
         ):

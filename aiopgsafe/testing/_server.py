@@ -335,12 +335,16 @@ class TemporaryServer:
         return self._process
 
     def _create(self) -> None:
-        """Make the directory, which exists from here to `close`, and run initdb."""
+        """Make the directory, which exists from here to `close`, and what is in it."""
         self._directory = directory = make_directory()
         self._owner_pid = os.getpid()
         atexit.register(self.close)
         self._account.own(directory)
         self._programs = self._account.reachable_programs(self.bindir, directory)
+        self._initialize(directory)
+        self._write_settings()
+
+    def _initialize(self, directory: Path) -> None:
         code, output = self._account.run(
             *(self._programs / "initdb", "-D", self.data_directory, "--no-sync"),
             *("--auth=trust", "--username=postgres", "--locale=C", "--encoding=UTF8"),
@@ -350,7 +354,6 @@ class TemporaryServer:
             raise RuntimeError(f"initdb failed:\n{_tail(output)}")
         with (self.data_directory / "postgresql.conf").open("a") as file:
             file.write("\ninclude 'aiopgsafe.conf'\n")
-        self._write_settings()
 
     def _write_settings(self) -> None:
         path = self.data_directory / "aiopgsafe.conf"

@@ -1,0 +1,301 @@
+"""P2, tried: faults around COMMIT, and every client knows what became of its transaction."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import psycopg
+import pytest
+
+from aiopgsafe import AsyncConnection, CommitUnknown, TransactionState, safe_to_retry
+from aiopgsafe._resolver import TOKEN_TABLE
+from aiopgsafe.testing import (
+    Cut,
+    Delay,
+    FaultProxy,
+    Freeze,
+    Message,
+    TemporaryServer,
+    command_complete,
+)
+from tests.conftest import BINDIRS, Figures
+from tests.standby import PRIMARY, Standby, wait_for_standby
+
+pytestmark = pytest.mark.anyio
+
+COMMITTED, ROLLED_BACK, UNKNOWN = (
+    TransactionState.COMMITTED,
+    TransactionState.ROLLED_BACK,
+    TransactionState.UNKNOWN,
+)
+
+WRITERS = 8
+FAULTS = {
+    # What is done to the connections, or the server; in a short run, and in a long one.
+    "rst before": (2, 50),
+    "rst after": (2, 50),
+    "fin before": (2, 50),
+    "fin after": (2, 50),
+    "freeze before": (1, 25),
+    "freeze after": (1, 25),
+    "terminate": (2, 50),
+    "backend": (2, 50),
+    "immediate": (1, 40),
+    "kill": (1, 40),
+    "promotion": (1, 20),
+    "asynchronous promotion": (1, 20),
+}
+"""Trials of each fault: in a short run, in a long one."""
+
+ids = count(1)
+
+
+@dataclass
+class Writer:
+    """One transaction with a row of its own, and what its client knows of it.
+
+    :ivar doubt: whether its COMMIT was lost.
+    """
+
+    id: int
+    state: TransactionState | None = None
+    called: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    doubt: bool = False
+
+
+async def write(writer: Writer, conn: AsyncConnection[Any], ready: Callable[[], Any]) -> None:
+    try:
+        async with conn.transaction() as tx:
+            tx.on_commit(writer.called.append, "committed")
+            tx.on_rollback(writer.called.append, "rolled back")
+            await tx.execute("insert into t values (%s)", (writer.id,))
+            await ready()
+        writer.doubt = conn.closed
+    except psycopg.OperationalError as exc:
+        writer.error = exc
+        asked = "the server was asked" in "".join(getattr(exc, "__notes__", []))
+        writer.doubt = asked or isinstance(exc, CommitUnknown)
+    writer.state = tx.state
+    await conn.close()
+
+
+class Filler:
+    """Others who work on, and are given the numbers that were lost in a crash."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            with suppress(psycopg.Error), psycopg.connect(self._dsn, autocommit=True) as conn:
+                while not self._over.is_set():
+                    conn.execute("insert into t values (-1 - (random() * 2000000000)::int)")
+                    self._over.wait(0.002)
+            self._over.wait(0.01)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def do(fault: str, server: TemporaryServer, rng: random.Random, pids: list[int]) -> None:
+    """What happens to the server while COMMITs are under way."""
+    if fault == "terminate":
+        server.psql(f"select pg_terminate_backend(pid) from unnest(array{pids}) pid")
+    elif fault == "backend":
+        server.kill_backend(rng.choice(pids), wait=True)
+    elif fault == "immediate":
+        server.restart("immediate")
+    elif fault == "kill":
+        server.kill()
+        server.start()
+
+
+def is_commit(message: Message) -> bool:
+    """COMMIT, alone or behind a token."""
+    return message.type in ("Q", "P") and b"COMMIT" in message.payload
+
+
+def inject(fault: str, proxy: FaultProxy, rng: random.Random) -> None:
+    """What happens to the messages."""
+    kind, _, when = fault.partition(" ")
+    match = is_commit if when == "before" else command_complete("COMMIT")
+    if kind in ("rst", "fin"):
+        proxy.inject(Cut("rst" if kind == "rst" else "fin"), match)
+    elif kind == "freeze":
+        proxy.inject(Freeze(), match)
+    else:
+        # A COMMIT is long on its way, there or back, while it happens.
+        there = rng.random() < 0.5
+        proxy.inject(Delay(0.1), is_commit if there else command_complete("COMMIT"))
+
+
+async def trial(
+    fault: str,
+    server: TemporaryServer,
+    rng: random.Random,
+    *,
+    token: bool,
+    standby: Standby | None = None,
+) -> list[Writer]:
+    """Some writers in COMMIT, and the fault. Returns what each believes."""
+    writers = [Writer(next(ids)) for _ in range(WRITERS)]
+    waiting, all_ready = WRITERS, anyio.Event()
+
+    async def ready() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            all_ready.set()
+        await all_ready.wait()
+
+    with FaultProxy(server.dsn) as proxy, Filler((standby or server).dsn):
+        dsn = proxy.dsn
+        if standby is not None:
+            dsn = (
+                f"host={proxy.host},{standby.host} port={proxy.port},{standby.port}"
+                " user=postgres dbname=postgres target_session_attrs=primary"
+            )
+        timeouts: Any = {"commit_timeout": 0.3 if "freeze" in fault else 20.0}
+        conns = [
+            await AsyncConnection.connect(dsn, autocommit=True, commit_token=token, **timeouts)
+            for _ in writers
+        ]
+        for conn in conns:  # the first transaction of a connection asks for the history
+            async with conn.transaction():
+                await conn.execute("select 1")
+        pids = [conn.info.backend_pid for conn in conns]
+        inject(fault, proxy, rng)
+
+        async def happen() -> None:
+            await all_ready.wait()
+            await anyio.sleep(rng.random() * 0.04)
+            if standby is not None:
+                await anyio.to_thread.run_sync(server.kill)
+                await anyio.to_thread.run_sync(standby.promote)
+            else:
+                await anyio.to_thread.run_sync(do, fault, server, rng, pids)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(happen)
+            for writer, conn in zip(writers, conns, strict=True):
+                tasks.start_soon(write, writer, conn, ready)
+        proxy.clear()
+    return writers
+
+
+def check(writers: list[Writer], server: TemporaryServer, counts: Counter[str]) -> None:
+    """Compare what was believed with what is in the table."""
+    with psycopg.connect(server.dsn, autocommit=True) as conn:
+        found = conn.execute(
+            "select id from t where id = any(%s)", ([writer.id for writer in writers],)
+        )
+        truth = {id for (id,) in found}
+    for writer in writers:
+        assert writer.state is not None
+        there = writer.id in truth
+        counts["doubts"] += writer.doubt
+        if writer.doubt:
+            counts[writer.state.value.replace(" ", "_")] += 1
+        elif writer.state is COMMITTED and not there:
+            counts["acknowledged_missing"] += 1
+            continue
+        assert writer.called == {UNKNOWN: []}.get(writer.state, [writer.state.value]), writer
+        if writer.state is UNKNOWN:
+            assert isinstance(writer.error, CommitUnknown)
+            continue
+        assert (writer.state is COMMITTED) == there, writer
+        assert (writer.error is None) == there, writer
+        if writer.error is not None:
+            assert safe_to_retry(writer.error), writer
+
+
+SETUP = f"create table t (id int primary key); {TOKEN_TABLE}"
+
+
+@pytest.fixture(
+    scope="module",
+    params=BINDIRS,
+    ids=[f"pg{TemporaryServer(bindir=bindir).version}" for bindir in BINDIRS],
+)
+def bindir(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture(scope="module")
+def crashing(bindir: Path) -> Iterator[TemporaryServer]:
+    with TemporaryServer(bindir=bindir, settings=PRIMARY) as server:
+        server.psql(SETUP)
+        yield server
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("token", [False, True], ids=["number", "token"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "promotion" not in fault])
+async def test_no_client_is_told_a_lie_and_each_is_told_something(
+    crashing: TemporaryServer,
+    fault: str,
+    token: bool,
+    figures: Figures,
+    long: bool,
+    loop_name: str,
+    anyio_backend: object,
+) -> None:
+    trials = FAULTS[fault][long]
+    rng = random.Random(f"{fault} {loop_name} {token}")
+    counts: Counter[str] = Counter(doubts=0, committed=0, rolled_back=0, unknown=0)
+    for _ in range(trials):
+        writers = await trial(fault, crashing, rng, token=token)
+        check(writers, crashing, counts)
+    assert counts["unknown"] == counts["acknowledged_missing"] == 0
+    if "before" in fault or "after" in fault:
+        assert counts["doubts"] == trials * WRITERS
+    figures(**counts, wrong=0)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("token", [False, True], ids=["number", "token"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "promotion" in fault])
+async def test_after_a_promotion_the_new_primary_is_believed(
+    bindir: Path,
+    fault: str,
+    token: bool,
+    figures: Figures,
+    long: bool,
+    loop_name: str,
+    anyio_backend: object,
+) -> None:
+    rng = random.Random(f"{fault} {loop_name} {token}")
+    counts: Counter[str] = Counter(doubts=0, committed=0, rolled_back=0, unknown=0)
+    for _ in range(FAULTS[fault][long]):
+        with ExitStack() as stack:
+            primary = stack.enter_context(TemporaryServer(bindir=bindir, settings=PRIMARY))
+            primary.psql(SETUP)
+            standby = stack.enter_context(Standby(primary))
+            standby.wait_streaming()
+            if fault == "promotion":
+                wait_for_standby(primary, wanted=True)
+            elif rng.random() < 0.7:
+                standby.stop_receiving()
+            writers = await trial(fault, primary, rng, token=token, standby=standby)
+            check(writers, standby, counts)
+    if fault == "promotion":
+        assert counts["unknown"] == counts["acknowledged_missing"] == 0
+    figures(**counts, wrong=0)
