@@ -57,6 +57,11 @@ class Standby(TemporaryServer):
         self._stopped = int(self.psql("select pid from pg_stat_wal_receiver"))
         os.kill(self._stopped, signal.SIGSTOP)
 
+    def receive(self) -> None:
+        """Go on after `stop_receiving()`."""
+        os.kill(self._stopped, signal.SIGCONT)
+        self._stopped = 0
+
 
 def wait_for_standby(server: TemporaryServer, *, wanted: bool) -> None:
     """Let each COMMIT on `server` wait for the standby, or not."""

@@ -10,14 +10,24 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import psycopg
 import pytest
 
-from aiopgsafe import AsyncConnection, CommitUnknown, TransactionState, safe_to_retry
+from aiopgsafe import (
+    AsyncConnection,
+    CommitUnknown,
+    Database,
+    Retry,
+    TransactionState,
+    resolve_commit,
+    safe_to_retry,
+)
 from aiopgsafe._resolver import TOKEN_TABLE
 from aiopgsafe.testing import (
     Cut,
@@ -52,8 +62,8 @@ FAULTS = {
     "backend": (2, 50),
     "immediate": (1, 40),
     "kill": (1, 40),
-    "promotion": (1, 20),
-    "asynchronous promotion": (1, 20),
+    "promotion": (1, 10),
+    "asynchronous promotion": (1, 15),
 }
 """Trials of each fault: in a short run, in a long one."""
 
@@ -114,12 +124,13 @@ class Filler:
         self._thread.join()
 
 
-def do(fault: str, server: TemporaryServer, rng: random.Random, pids: list[int]) -> None:
+def do(fault: str, server: TemporaryServer, pids: list[int]) -> None:
     """What happens to the server while COMMITs are under way."""
     if fault == "terminate":
         server.psql(f"select pg_terminate_backend(pid) from unnest(array{pids}) pid")
     elif fault == "backend":
-        server.kill_backend(rng.choice(pids), wait=True)
+        with psycopg.connect(server.dsn) as victim:
+            server.kill_backend(victim.info.backend_pid, wait=True)
     elif fault == "immediate":
         server.restart("immediate")
     elif fault == "kill":
@@ -186,11 +197,13 @@ async def trial(
         async def happen() -> None:
             await all_ready.wait()
             await anyio.sleep(rng.random() * 0.04)
+            if not fault.endswith(("before", "after")) and rng.random() < 0.6:
+                proxy.cut()  # what the server has said already doesn't get through
             if standby is not None:
                 await anyio.to_thread.run_sync(server.kill)
                 await anyio.to_thread.run_sync(standby.promote)
             else:
-                await anyio.to_thread.run_sync(do, fault, server, rng, pids)
+                await anyio.to_thread.run_sync(do, fault, server, pids)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(happen)
@@ -299,3 +312,68 @@ async def test_after_a_promotion_the_new_primary_is_believed(
     if fault == "promotion":
         assert counts["unknown"] == counts["acknowledged_missing"] == 0
     figures(**counts, wrong=0)
+
+
+async def test_a_commit_that_comes_late_finds_nothing(
+    dsn: str, figures: Figures, long: bool, anyio_backend: object
+) -> None:
+    """The partition ends after the work was done again: nothing is there twice."""
+    trials, at_once = (1000, 20) if long else (20, 10)
+    with psycopg.connect(dsn, autocommit=True) as admin, FaultProxy(dsn) as proxy:
+        admin.execute("create table t (id int)")
+        retry = Retry(backoff=0.001)
+        options: Any = {"min_size": at_once, "max_size": 2 * at_once, "commit_timeout": 0.05}
+        async with Database(proxy.dsn, **options) as db:
+
+            @db.atomic(retry=retry)
+            async def insert(id: int) -> None:
+                await db.execute("insert into t values (%s)", (id,))
+
+            for first in range(0, trials, at_once):
+                partition = proxy.inject(Freeze(), is_commit, times=at_once)
+                async with anyio.create_task_group() as tasks:
+                    for id in range(first, first + at_once):
+                        tasks.start_soon(insert, id)
+                partition.release()
+        # Those that are late have arrived when their sessions have ended.
+        others = "select count(*) from pg_stat_activity where datname = current_database()"
+        while admin.execute(f"{others} and pid <> pg_backend_pid()").fetchone() != (0,):
+            await anyio.lowlevel.checkpoint()
+        rows = admin.execute("select id from t order by id").fetchall()
+        assert rows == [(id,) for id in range(trials)]
+    figures(trials=trials, attempts_again=retry.retries, doubled=0, missing=0)
+
+
+async def test_who_waits_for_a_standby_is_not_cancelled(
+    bindir: Path, anyio_backend: object
+) -> None:
+    """Cancelling would commit it locally: it is waited for, and then it is unknown."""
+    with TemporaryServer(bindir=bindir, settings=PRIMARY) as server:
+        server.psql(SETUP)
+        with Standby(server) as standby, FaultProxy(server.dsn) as proxy:
+            standby.wait_streaming()
+            wait_for_standby(server, wanted=True)
+            timeouts: Any = {"commit_timeout": 1.0, "cancel_timeout": 0.5}
+            conn = await AsyncConnection.connect(proxy.dsn, autocommit=True, **timeouts)
+            standby.stop_receiving()
+            began = monotonic()
+            with anyio.CancelScope() as scope:
+                try:
+                    async with conn.transaction() as tx:
+                        await tx.execute("insert into t values (1)")
+                        ticket = tx.ticket()
+                        scope.deadline = anyio.current_time() + 0.1
+                except BaseException as exc:
+                    said = [*exc.__notes__, str(exc.__cause__)]
+                    raise
+            assert 1.0 <= monotonic() - began < 5
+            assert scope.cancelled_caught
+            assert tx.state is UNKNOWN
+            assert said[0] == "aiopgsafe: the transaction is unknown"
+            assert "the session is still active" in said[-1]
+            assert proxy.stats.cancel_requests == 0
+            standby.receive()
+            assert await resolve_commit(ticket, server.dsn) is COMMITTED
+            assert "committed locally" not in server.log
+            assert "canceling" not in server.log
+            assert standby.psql("select count(*) from t") == "1"
