@@ -38,10 +38,10 @@ __all__ = [
 class CommitUnknown(errors.TransactionResolutionUnknown):
     """COMMIT was sent and whether the transaction is committed can't be known.
 
-    The connection was lost, or the server did not answer within
-    ``commit_timeout``. Running the work again may do it twice: look for its
-    effects first. The connection is closed; `__cause__` is the error that took
-    the answer away, where there was one. A `psycopg.OperationalError` with
+    The connection was lost, or the server did not answer within ``commit_timeout``, and
+    asking it over another connection did not help. Running the work again may do it
+    twice: look for its effects first. The connection is closed; `__cause__` is the error
+    that took the answer away, where there was one. A `psycopg.OperationalError` with
     SQLSTATE 08007.
     """
 
@@ -94,8 +94,8 @@ _SAFE = "_aiopgsafe_safe_to_retry"
 def mark_retry(exc: BaseException, *, safe: bool) -> None:
     """Note on an exception what its class doesn't tell: see `safe_to_retry()`.
 
-    :param safe: True: the transaction's COMMIT was never sent. False: what became of the
-        transaction isn't known.
+    :param safe: True: the transaction is not committed and never will be. False: what became
+        of it isn't known.
     """
     setattr(exc, _SAFE, safe)
 
@@ -105,7 +105,8 @@ def safe_to_retry(exc: BaseException) -> bool:
 
     It is known not to be committed, and never will be, and running it again may succeed:
     a serialization failure (SQLSTATE 40001), a deadlock (40P01; PostgreSQL documentation,
-    "Serialization Failure Handling"), or a connection that was lost before COMMIT was sent.
+    "Serialization Failure Handling"), a connection that was lost before COMMIT was sent, or
+    in it and the server, asked over another one, says that it is rolled back.
 
     False for `CommitUnknown`, for other errors, and for a lost connection of which it
     isn't known what the server has done: of a single statement in autocommit mode.

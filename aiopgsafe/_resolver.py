@@ -37,7 +37,6 @@ __all__ = [
     "HISTORY",
     "POSITION",
     "STATUS",
-    "TOKEN_TABLE",
     "Answer",
     "History",
     "Origin",
@@ -99,14 +98,6 @@ EVICT = """
 
 Only while it is idle: one that waits for a synchronous standby has committed, and
 terminating it would make that visible without the standby.
-"""
-
-TOKEN_TABLE = """
-create table if not exists aiopgsafe_token (
-    token uuid primary key,
-    resolved boolean not null default false,
-    created timestamptz not null default now()
-)
 """
 
 INSERT_TOKEN = b"insert into aiopgsafe_token (token) values ('%s')"

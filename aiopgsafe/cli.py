@@ -106,3 +106,36 @@ def doctor(dsn: Dsn, loop: LoopOption = Loop.asyncio) -> None:
     from ._tools import doctor
 
     raise typer.Exit(doctor(dsn, loop.value))
+
+
+tokens = typer.Typer(no_args_is_help=True, help="The table that commit_token=True needs.")
+app.add_typer(tokens, name="tokens")
+
+
+@tokens.command()
+def create(dsn: Dsn, loop: LoopOption = Loop.asyncio) -> None:
+    """Create the table aiopgsafe_token, if it isn't there.
+
+    Exit status: 0, 2 if it could not be created.
+    """
+    from ._tools import create_tokens
+
+    raise typer.Exit(create_tokens(dsn, loop.value))
+
+
+@tokens.command()
+def prune(
+    dsn: Dsn,
+    older_than: Annotated[
+        float,
+        typer.Option(min=60.0, help="Seconds; older tickets can't be redeemed."),
+    ] = 86_400.0,
+    loop: LoopOption = Loop.asyncio,
+) -> None:
+    """Delete old tokens, in batches. For a daily job.
+
+    Exit status: 0, 2 if that was not possible.
+    """
+    from ._tools import prune_tokens
+
+    raise typer.Exit(prune_tokens(dsn, older_than, loop.value))

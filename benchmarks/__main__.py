@@ -14,7 +14,9 @@ import asyncio
 import os
 import platform
 import sys
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -23,7 +25,7 @@ import trio
 import uvloop
 
 from aiopgsafe.testing import TemporaryServer
-from benchmarks import connections, notifying, pools
+from benchmarks import connections, notifying, outcomes, pools
 from benchmarks.turns import TURN, measure, print_row
 
 
@@ -47,11 +49,25 @@ async def report_notifying(loop: str, dsn: str, turns: int) -> None:
     print_row(loop, "NOTIFY to handler", await notifying.latencies(dsn, turns))
 
 
+async def report_outcomes(loop: str, dsn: str, turns: int) -> None:
+    async with AsyncExitStack() as stack:
+        workload = await outcomes.workload(dsn, stack)
+        await measure(workload, 10)
+        print_row(loop, "INSERT, durable", await measure(workload, turns))
+
+
 def pin(server: TemporaryServer) -> None:
     postmaster = int((server.data_directory / "postmaster.pid").read_text().split()[0])
     core = {min(os.sched_getaffinity(0))}
     os.sched_setaffinity(postmaster, core)  # its children inherit it
     os.sched_setaffinity(0, core)
+
+
+def run_on(loop: str, report: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+    if loop == "trio":
+        trio.run(report, loop, *args)
+    else:
+        (uvloop if loop == "uvloop" else asyncio).run(report(loop, *args))
 
 
 def main() -> None:
@@ -70,9 +86,19 @@ def main() -> None:
             " medians; ratios: above 1 is better for us"
         )
         dsn = server.socket_dsn if options.unix else server.dsn
-        for loop, run in (("asyncio", asyncio.run), ("uvloop", uvloop.run)):
-            run(report(loop, dsn, options.turns))
-        trio.run(report_notifying, "trio", dsn, options.turns)
+        for loop in ("asyncio", "uvloop"):
+            run_on(loop, report, dsn, options.turns)
+        run_on("trio", report_notifying, dsn, options.turns)
+    durable: dict[str, str | int | bool] = {
+        "synchronous_commit": "on",
+        "fsync": True,
+        "full_page_writes": True,
+    }
+    with TemporaryServer(settings=durable) as server:
+        dsn = server.socket_dsn if options.unix else server.dsn
+        turns = max(1, options.turns // 5)
+        for loop in ("asyncio", "uvloop", "trio"):
+            run_on(loop, report_outcomes, dsn, turns)
 
 
 main()

@@ -27,6 +27,7 @@ async def workloads(dsn: str, stack: AsyncExitStack) -> dict[str, Workload]:
     )
     stack.push_async_callback(fast.close)
     await theirs.execute("create unlogged table if not exists bench (id int, what text)")
+    await theirs.execute("create table if not exists bench_logged (id int, what text)")
     insert = "insert into bench values (%s, %s)"
 
     def select(conn: psycopg.AsyncConnection) -> Operation:

@@ -28,7 +28,7 @@ from aiopgsafe import (
     resolve_commit,
     safe_to_retry,
 )
-from aiopgsafe._resolver import TOKEN_TABLE
+from aiopgsafe._tools.tokens import CREATE
 from aiopgsafe.testing import (
     Cut,
     Delay,
@@ -239,7 +239,7 @@ def check(writers: list[Writer], server: TemporaryServer, counts: Counter[str]) 
             assert safe_to_retry(writer.error), writer
 
 
-SETUP = f"create table t (id int primary key); {TOKEN_TABLE}"
+SETUP = f"create table t (id int primary key); {CREATE.decode()}"
 
 
 @pytest.fixture(

@@ -18,7 +18,7 @@ from aiopgsafe import (
     TransactionState,
     resolve_commit,
 )
-from aiopgsafe._resolver import TOKEN_TABLE
+from aiopgsafe._tools.tokens import CREATE
 from aiopgsafe.testing import CancelSweep, Cut, FaultProxy, command_complete
 from tests.conftest import Figures, sweeps
 from tests.test_outcomes import is_commit
@@ -37,7 +37,7 @@ COMMITTED, ROLLED_BACK, UNKNOWN = (
 @pytest.fixture
 async def conn(proxy: FaultProxy, admin: Admin, anyio_backend: object) -> AsyncIterator[Conn]:
     admin.execute("create table t (id int)")
-    admin.execute(TOKEN_TABLE.encode())
+    admin.execute(CREATE)
     async with await AsyncConnection.connect(proxy.dsn, autocommit=True) as conn:
         async with conn.transaction():  # the first one asks for the server's history
             pass
@@ -279,7 +279,7 @@ async def test_a_token_says_it_through_a_pooler_too(
     pgbouncer: str, admin: Admin, when: str, anyio_backend: object
 ) -> None:
     admin.execute("create table t (id int)")
-    admin.execute(TOKEN_TABLE.encode())
+    admin.execute(CREATE)
     with FaultProxy(pgbouncer) as proxy:
         options: Any = {"min_size": 1, "commit_token": True, "prepare_threshold": None}
         async with Database(proxy.dsn, **options) as db:

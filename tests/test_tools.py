@@ -165,7 +165,7 @@ def test_doctor_says_what_matters_with_advice(dsn: str) -> None:
         "none: the server itself answers",
         "arrive, after",
         "keepalives_idle=10",
-        "this role may ask for all",
+        "can be asked for by this role",
         "'10s': a query ends with its client",
     ):
         assert row in result.stdout
@@ -193,3 +193,18 @@ def test_doctor_sees_a_pooler_and_what_it_breaks(pgbouncer: str) -> None:
     assert "something stands between (PgBouncer?)" in result.stdout
     assert "never arrive: a pooler in transaction mode" in result.stdout
     assert result.returncode == 1
+
+
+def test_tokens_are_created_and_old_ones_are_pruned(dsn: str, admin: Admin) -> None:
+    for _ in range(2):
+        result = run("tokens", "create", dsn)
+        assert (result.returncode, result.stderr) == (0, "")
+    admin.execute(
+        "insert into aiopgsafe_token select gen_random_uuid(), false,"
+        " now() - i * interval '1 hour' + interval '1 minute' from generate_series(1, 48) i"
+    )
+    result = run("tokens", "prune", dsn)
+    assert result.stdout == "24 tokens deleted\n"
+    assert admin.execute("select count(*) from aiopgsafe_token").fetchone() == (24,)
+    assert run("tokens", "prune", dsn, "--older-than", "1").returncode == 2
+    assert run("tokens", "create", "host=127.0.0.1 port=1").returncode == 2

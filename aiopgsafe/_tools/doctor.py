@@ -99,13 +99,15 @@ async def _doctor(dsn: str) -> int:
 async def examine(conn: AsyncConnection[Any], dsn: str) -> AsyncIterator[Finding]:
     for finding in client(conn):
         yield finding
-    yield await pooler(conn)
+    between = await pooler(conn)
+    yield between
     yield await notifications(dsn)
     settings = {name: (value, unit) for name, value, unit in await ask(conn, SETTINGS)}
     for finding in server_settings(settings):
         yield finding
     yield await recovery(conn)
-    yield await outcomes(conn)
+    yield await outcomes(conn, pooled=between.level != "good")
+    yield await token_table(conn)
     yield await connections(conn, settings)
 
 
@@ -234,9 +236,9 @@ async def recovery(conn: AsyncConnection[Any]) -> Finding:
     return Finding("role of the server", "primary")
 
 
-async def outcomes(conn: AsyncConnection[Any]) -> Finding:
+async def outcomes(conn: AsyncConnection[Any], *, pooled: bool) -> Finding:
     """Whether this role may ask what one has to, to know what became of a COMMIT."""
-    refused = []
+    refused = ["the session behind the pooler is not ours"] if pooled else []
     for what, query in OUTCOME.items():
         try:
             await ask(conn, query)
@@ -244,11 +246,17 @@ async def outcomes(conn: AsyncConnection[Any]) -> Finding:
             refused.append(f"{what} ({error.diag.message_primary or error})")
     subject = "outcome of a lost COMMIT"
     if not refused:
-        return Finding(subject, "this role may ask for all that it takes to know it")
+        return Finding(subject, "can be asked for by this role")
     return Finding(
-        *(subject, f"can't be known: {', '.join(refused)}", "advice"),
-        advice="a COMMIT whose connection is lost raises CommitUnknown",
+        *(subject, f"can't be asked for: {', '.join(refused)}", "advice"),
+        advice="commit_token=True, or a COMMIT whose connection is lost raises CommitUnknown",
     )
+
+
+async def token_table(conn: AsyncConnection[Any]) -> Finding:
+    ((there,),) = await ask(conn, "select to_regclass('aiopgsafe_token') is not null")
+    found = "there" if there else "not there; only commit_token=True needs it"
+    return Finding("table of tokens", found)
 
 
 async def connections(
