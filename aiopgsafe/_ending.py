@@ -7,27 +7,25 @@ from collections.abc import Sequence
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
 
 from . import _outcome
-from ._backends import Backend, Channel, Expired
-from ._backends._lock import Lock
+from ._backends import Expired
 from ._errors import brief
 from ._outcome import TransactionState, Verdict, unknown, verdict_of_error
+from ._session import Session
 from ._shield import GATE, INSIST_GRACE, Shield
 from ._unit import Callback, Unit
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
-    from psycopg.pq.abc import PGresult
 
     from ._resolver import Ticket, Token
 
 __all__ = [
     "Section",
-    "Session",
     "acquire_shielded",
     "commit",
     "no_answer",
@@ -48,67 +46,6 @@ UNKNOWN = TransactionState.UNKNOWN
 
 ROLLBACK_ATTEMPTS = 20
 """After which the session is given up: somebody cancels whatever it does."""
-
-
-class Session(Protocol):
-    """What a transaction needs of its connection (`_connection.AsyncConnection`)."""
-
-    lock: Lock
-    commit_timeout: float
-    cancel_timeout: float
-    commit_token: bool
-    _origin: Any  # `_connection._riding.Riding`
-    _backend: Backend
-    _channel: Channel
-    _blocks: list[Any]
-    _unit: Unit | None
-    _signalled: Any  # `_connection._signalled.SignalledCancel`, or None
-    _section: Section | None  # in which a transaction of it ends
-    _uncancellable: object  # the generator that no signal may cancel
-
-    @property
-    def closed(self) -> bool: ...
-
-    @property
-    def _in_transaction(self) -> bool:
-        """Whether the session is in a transaction, failed or not."""
-
-    @property
-    def _failed(self) -> bool:
-        """Whether the session is in a failed transaction."""
-
-    def _check_connection_ok(self) -> None: ...
-
-    def _sync_gen(self) -> PQGen[None]:
-        """Have the results of all that a pipeline has sent, so that the status is true."""
-
-    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        """Send `commands` together, in or out of a pipeline; the last one's result."""
-
-    def _time_left(self) -> float:
-        """Seconds until the deadline that the server is to know of; infinity if none."""
-
-    def _begin_gen(self, commands: Sequence[bytes]) -> PQGen[None]:
-        """BEGIN, and what goes with it."""
-
-    async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
-        """What became of the transaction, and why it can't be known."""
-
-    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
-        """BEGIN, by default as the connection's attributes want it, and what belongs to it."""
-
-    def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
-        """COMMIT of a block; see `commit()`."""
-
-    def _forget_prepared_gen(self) -> PQGen[None]:
-        """After a rollback: prepared statements may refer to what is gone."""
-
-    def _push_block(self, tx: Any) -> None: ...
-
-    def _remove_block(self, tx: Any) -> None: ...
-
-    def _drop(self, reason: str) -> None:
-        """Close the connection at once: the state of its session can't be known."""
 
 
 async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import pq
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from ._backends import Expired
-from ._ending import Section, Session, commit, no_answer, roll_back, run
-from ._errors import mark_retry
+from ._ending import Section, commit, no_answer, roll_back, run
+from ._entering import Entering
 from ._outcome import TransactionState, ended_by_statement
-from ._shield import Shield
-from ._unit import Callback, Unit
+from ._unit import Callback
 
 if TYPE_CHECKING:
-    from psycopg.abc import Params, PQGen, Query
+    from psycopg.abc import Params, Query
 
 __all__ = ["Transaction"]
 
 OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
+INTRANS = pq.TransactionStatus.INTRANS
 
 PENDING = TransactionState.PENDING
 ACTIVE = TransactionState.ACTIVE
@@ -37,7 +37,7 @@ UNKNOWN = TransactionState.UNKNOWN
 CursorRow = TypeVar("CursorRow")
 
 
-class Transaction(psycopg.AsyncTransaction, Generic[Row]):
+class Transaction(Entering[Row]):
     """A transaction block: what `AsyncConnection.transaction()` returns.
 
     ``async with`` it. A block that ends normally is committed. A block that
@@ -50,29 +50,6 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
     """
 
     __module__ = "aiopgsafe"
-
-    def __init__(
-        self,
-        connection: psycopg.AsyncConnection[Row],
-        savepoint_name: str | None = None,
-        force_rollback: bool = False,
-        *,
-        begin: bytes | None = None,
-        commit_token: bool | None = None,
-    ) -> None:
-        super().__init__(connection, savepoint_name, force_rollback)
-        self._session = cast("Session", connection)
-        self._begin = begin
-        self._name = savepoint_name or ""
-        with_token = self._session.commit_token if commit_token is None else commit_token
-        self._unit = Unit(with_token=with_token)
-        self._outer: Transaction[Any] | None = None
-        self._is_savepoint = False
-        self._entered = False
-        self._left = False
-        # Of a savepoint; the outermost block's state is its unit's.
-        self._state = PENDING
-        self._released = False
 
     @property
     def xid(self) -> int | None:
@@ -102,28 +79,9 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         return str(ticket)
 
     @property
-    def state(self) -> TransactionState:
-        """What is known of the transaction.
-
-        A savepoint that was released is part of what is around it and shares its
-        fate from then on.
-        """
-        if not self._is_savepoint:
-            return self._unit.state
-        if not self._released:
-            ended = self._unit.state not in (ACTIVE, COMMITTING)
-            return self._unit.state if ended and self._state is ACTIVE else self._state
-        return self._outer.state if self._outer is not None else self._unit.state
-
-    @property
     def savepoint_name(self) -> str | None:
         """The name of the savepoint; empty for a block that has none."""
         return self._name
-
-    @property
-    def connection(self) -> psycopg.AsyncConnection[Any]:
-        """The connection that the block runs on."""
-        return cast("psycopg.AsyncConnection[Any]", self._session)
 
     # Inside the block
 
@@ -221,76 +179,7 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
                 f"{what} is for use inside the block: its transaction is {self.state.value}"
             )
 
-    # Entering and leaving
-
-    async def __aenter__(self) -> Self:
-        session = self._session
-        async with session.lock:
-            if self.state is not PENDING:
-                raise TypeError("transaction blocks can be used only once")
-            # BEGIN and SAVEPOINT take no time: an interruption waits for the answer
-            # and then undoes it, instead of racing a cancel request against it.
-            shield = Shield(session._backend, grace=session.cancel_timeout)
-            try:
-                await run(session, shield, self._begin_gen())
-                if shield.held is not None:
-                    raise shield.held
-            except GeneratorExit:  # the coroutine is destroyed, its loop is gone
-                raise
-            except BaseException as error:
-                exc: BaseException = error
-                if isinstance(exc, Expired):
-                    session._drop("no answer to BEGIN")
-                elif self._entered or (session._failed and not self._is_savepoint):
-                    await roll_back(session, shield, self._undo())
-                elif not isinstance(exc, Exception):
-                    # It hit the generator itself: what the server makes of it is open.
-                    session._drop("interrupted in BEGIN")
-                self._leave()
-                self._end_as(ROLLED_BACK, self.Status.FAILED)
-                if isinstance(exc, Expired):
-                    exc = no_answer("BEGIN", session.commit_timeout)
-                self._mark(exc, session.closed)
-                if shield.held is not None and shield.held is not exc:
-                    raise shield.held from exc
-                raise exc from None
-        return self
-
-    def _begin_gen(self) -> PQGen[None]:
-        session = self._session
-        time_left = session._time_left()
-        pgconn = self.pgconn
-        if pgconn.pipeline_status or pgconn.status != OK:
-            yield from session._sync_gen()
-        blocks = session._blocks
-        self._is_savepoint = pgconn.transaction_status != IDLE
-        if self._is_savepoint:
-            if self._begin is not None:
-                raise psycopg.ProgrammingError(
-                    "isolation_level, read_only and deferrable are for the outermost block:"
-                    " this one is a savepoint in a transaction that has begun"
-                )
-            self._name = self._name or f"_pg3_{len(blocks) + 1}"
-            if blocks:
-                self._outer = blocks[-1]
-                self._unit = self._outer._unit
-            else:
-                # In a transaction that no block began: conn.commit() settles it.
-                self._unit = session._unit = session._unit or Unit(ACTIVE, session.commit_token)
-            commands = [self._sql("SAVEPOINT")]
-        else:
-            session._unit = None  # of a transaction that ended without our commit()
-            commands = session._begin_commands(time_left, self._begin)
-        session._push_block(self)
-        if self._is_savepoint:
-            yield from session._commands_gen(commands)
-        else:
-            yield from session._begin_gen(commands)
-        if self._name and not self._is_savepoint:
-            yield from session._commands_gen([self._sql("SAVEPOINT")])
-        self._entered = True
-        self.status = self.Status.ACTIVE
-        self._advance(ACTIVE)
+    # Leaving
 
     async def __aexit__(
         self,
@@ -344,6 +233,10 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
         session = self._session
         if session.closed or self._unit.state is not ACTIVE:
             raise psycopg.OperationalError("the transaction around the block has ended before it")
+        if not self.pgconn.pipeline_status and self._can_wait():
+            session._release(self._sql("SAVEPOINT"), self._sql("RELEASE"))
+            self._become_part()
+            return
         async with Section(session) as section:
             try:
                 await run(session, section.shield, session._commands_gen([self._sql("RELEASE")]))
@@ -353,14 +246,18 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             except psycopg.Error as exc:
                 section.error = exc
             else:
-                self._leave()
-                self._released = True
-                self.status = self.Status.COMMITTED
-                for callback in self._unit.callbacks:
-                    if callback.owner is self:
-                        callback.owner = self._outer
+                self._become_part()
             section.what = "savepoint"
             section.outcome = "part of its transaction" if self._released else "not released"
+
+    def _become_part(self) -> None:
+        """Released: what is around the savepoint decides."""
+        self._leave()
+        self._released = True
+        self.status = self.Status.COMMITTED
+        for callback in self._unit.callbacks:
+            if callback.owner is self:
+                callback.owner = self._outer
 
     async def _roll_back(
         self, exc: BaseException | None, going_through: BaseException | None
@@ -373,7 +270,8 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             section.error = self._nesting_error()
             self._leave()
             if unit.state is ACTIVE:
-                await roll_back(session, section.shield, self._undo())
+                if not session._undone(self._sql("SAVEPOINT") if self._is_savepoint else None):
+                    await roll_back(session, section.shield, self._undo())
             elif not self._is_savepoint and session._in_transaction:
                 # Begun by who has ended ours (COMMIT AND CHAIN): nobody else will end it.
                 await roll_back(session, section.shield, [b"ROLLBACK"])
@@ -389,43 +287,6 @@ class Transaction(psycopg.AsyncTransaction, Generic[Row]):
             section.callbacks = unit.take(self if self._is_savepoint else None)
             if not self._is_savepoint:
                 section.unit = unit
-
-    def _mark(self, exc: BaseException | None, lost: bool) -> None:
-        """Note on what goes through the block whether its transaction may be run again.
-
-        :param lost: whether the connection is. COMMIT was never sent: who sees the loss
-            may begin anew.
-        """
-        if exc is not None and self._unit.state is UNKNOWN:
-            mark_retry(exc, safe=False)
-        elif lost and isinstance(exc, psycopg.OperationalError):
-            mark_retry(exc, safe=True)
-
-    def _leave(self) -> None:
-        """The connection is in this block no more: from here on it may be another's."""
-        if not self._left:
-            self._left = True
-            self._session._remove_block(self)
-
-    def _undo(self) -> list[bytes]:
-        if self._is_savepoint:
-            return [self._sql("ROLLBACK TO"), self._sql("RELEASE")]
-        return [b"ROLLBACK"]
-
-    def _sql(self, command: str) -> bytes:
-        name = sql.Identifier(self._name).as_bytes(self.connection)
-        return command.encode() + b" " + name
-
-    def _advance(self, state: TransactionState) -> None:
-        if self._is_savepoint:
-            self._state = state
-        elif self._unit.state is not state:
-            self._unit.advance(state)
-
-    def _end_as(self, state: TransactionState, status: psycopg.AsyncTransaction.Status) -> None:
-        if self._is_savepoint or self._unit.state in (PENDING, ACTIVE):
-            self._advance(state)
-        self.status = status
 
     def _nesting_error(self) -> OutOfOrderTransactionNesting | None:
         blocks = self._session._blocks

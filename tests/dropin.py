@@ -73,11 +73,12 @@ class Scene:
 
     def status(self) -> None:
         """Note the state that the connection is in."""
-        pgconn = self.conn.pgconn
+        info = self.conn.info
         self.note(
             "closed" if self.conn.closed else "open",
-            TransactionStatus(pgconn.transaction_status).name,
-            PipelineStatus(pgconn.pipeline_status).name,
+            TransactionStatus(info.transaction_status).name,
+            # Of a dead connection it tells how it died: with us in the middle of a pipeline.
+            PipelineStatus(info.pipeline_status).name if not self.conn.closed else None,
         )
 
 

@@ -92,7 +92,7 @@ async def test_commit_is_never_under_a_timeout(
     )
     conn = await AsyncConnection.connect(proxy.dsn, autocommit=True, statement_timeout=0.1)
     async with conn.transaction():  # the first one asks for the server's history
-        pass
+        await conn.execute("select 1")
     before = proxy.stats.round_trips
     if pipelined:
         async with conn.pipeline(), conn.transaction():
@@ -100,7 +100,7 @@ async def test_commit_is_never_under_a_timeout(
     else:
         async with conn.transaction():
             await conn.execute("insert into t values (1)")
-        assert proxy.stats.round_trips - before == 3
+        assert proxy.stats.round_trips - before == 2
     assert admin.execute("select count(*) from t").fetchone() == (1,)
     assert await timeout_of(conn) == "100"
     await conn.close()

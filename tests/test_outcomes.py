@@ -188,9 +188,6 @@ async def trial(
             await AsyncConnection.connect(dsn, autocommit=True, commit_token=token, **timeouts)
             for _ in writers
         ]
-        for conn in conns:  # the first transaction of a connection asks for the history
-            async with conn.transaction():
-                await conn.execute("select 1")
         pids = [conn.info.backend_pid for conn in conns]
         inject(fault, proxy, rng)
 

@@ -40,7 +40,7 @@ async def conn(proxy: FaultProxy, admin: Admin, anyio_backend: object) -> AsyncI
     admin.execute(CREATE)
     async with await AsyncConnection.connect(proxy.dsn, autocommit=True) as conn:
         async with conn.transaction():  # the first one asks for the server's history
-            pass
+            await conn.execute("select 1")
         yield conn
 
 
@@ -67,7 +67,7 @@ async def test_the_number_comes_with_the_first_statement_that_writes(
         assert tx.xid is not None
         number = await (await tx.execute("select pg_current_xact_id()::text::bigint")).fetchone()
         assert number == (tx.xid,)
-    assert proxy.stats.round_trips == 4  # BEGIN, the statement, select, COMMIT: none more
+    assert proxy.stats.round_trips == 3  # the statement, select, COMMIT: none more
 
 
 @pytest.mark.parametrize("prepare", [None, True])
@@ -162,7 +162,7 @@ async def test_a_transaction_that_only_reads_has_none(conn: Conn, proxy: FaultPr
         with pytest.raises(psycopg.ProgrammingError, match="has not written anything"):
             tx.ticket()
     assert (tx.state, tx.xid) == (COMMITTED, None)
-    assert proxy.stats.round_trips == 3
+    assert proxy.stats.round_trips == 2
     async with conn.transaction(read_only=True) as tx:
         await tx.execute("select 1")
     assert tx.xid is None
@@ -302,7 +302,7 @@ async def test_a_token_costs_no_round_trip_and_no_table_is_an_error(
     proxy.reset_stats()
     async with conn.transaction(commit_token=True) as tx:
         await tx.execute("insert into t values (1)")
-    assert proxy.stats.round_trips == 3
+    assert proxy.stats.round_trips == 2
     assert admin.execute("select count(*) from aiopgsafe_token").fetchone() == (1,)
     admin.execute("drop table aiopgsafe_token")
     with pytest.raises(psycopg.errors.UndefinedTable):

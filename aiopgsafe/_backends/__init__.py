@@ -88,6 +88,9 @@ class Channel(Job[Any], Protocol):
 
     def __init__(self, pgconn: PGconn, told: Told) -> None: ...
 
+    def check(self) -> None:
+        """Raise `other_loop()` in another event loop than its own."""
+
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         """Begin to drive `gen`; `wait()` then gives its result. `other_loop()` in another one."""
 

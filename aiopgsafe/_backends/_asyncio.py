@@ -82,9 +82,12 @@ class Channel:
         self._loop.add_reader(self._fd, self._on_readable)
         self._reading = True
 
-    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+    def check(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise other_loop()
+
+    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        self.check()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         self._forget_future()

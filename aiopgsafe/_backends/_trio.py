@@ -21,6 +21,7 @@ from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, Told, other_loop
 from ._readiness import READ, WRITE, Readiness
+from ._trio_watcher import watcher
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -93,9 +94,12 @@ class Channel(_Limited):
         self._last_yield = monotonic()
         self.closed = False
 
-    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+    def check(self) -> None:
         if trio.lowlevel.current_trio_token() is not self._token:
             raise other_loop()
+
+    def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
+        self.check()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
         if self._watched:
@@ -160,14 +164,14 @@ class Channel(_Limited):
     def watch(self, on: bool) -> None:
         self._watching = on
         if on and self._gen is None and not self._watched and not self.closed:
-            _watcher().add(self._fd, self._on_unasked)
+            watcher().add(self._fd, self._on_unasked)
             self._watched = True
         elif not on and self._watched:
             self._unwatch()
 
     def _unwatch(self) -> None:
         self._watched = False
-        _watcher().remove(self._fd)
+        watcher().remove(self._fd)
 
     def _on_unasked(self) -> None:
         if not self._told.idle_input(self._pgconn):
@@ -249,41 +253,6 @@ class Channel(_Limited):
 
     def _busy_too_long(self) -> bool:
         return monotonic() - self._last_yield > MAX_BUSY
-
-
-class _Watcher:
-    """Sees what arrives on connections that nobody waits for.
-
-    A selector of its own, which trio waits for: trio lets one task wait for a
-    descriptor, and that is whoever runs a statement.
-    """
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        trio.lowlevel.spawn_system_task(self._run)
-
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        self.remove(fd)  # of a connection that was closed behind our back
-        self._selector.register(fd, selectors.EVENT_READ, callback)
-
-    def remove(self, fd: int) -> None:
-        with suppress(KeyError):
-            self._selector.unregister(fd)
-
-    async def _run(self) -> None:
-        fd = self._selector.fileno()
-        try:
-            while True:
-                await trio.lowlevel.wait_readable(fd)
-                for key, _ in self._selector.select(0):
-                    # One callback may have removed another's.
-                    if self._selector.get_map().get(key.fd) is key:
-                        try:
-                            key.data()
-                        except Exception:  # it would take trio down with it
-                            logger.exception("error in the watch of descriptor %d", key.fd)
-        finally:
-            self._selector.close()
 
 
 class _Connecting(_Limited, Generic[T]):
@@ -423,18 +392,6 @@ class Backend:
 
 def _trio_time(when: float) -> float:
     return trio.current_time() + (when - monotonic())
-
-
-_watchers: trio.lowlevel.RunVar[_Watcher] = trio.lowlevel.RunVar("aiopgsafe_watcher")
-
-
-def _watcher() -> _Watcher:
-    try:
-        return _watchers.get()
-    except LookupError:
-        found = _Watcher()
-        _watchers.set(found)
-        return found
 
 
 _backend: trio.lowlevel.RunVar[Backend] = trio.lowlevel.RunVar("aiopgsafe_backend")

@@ -117,6 +117,9 @@ class AsyncConnection(Endings[Row]):
         self._position = b""
         self._positions = 0
         self._reads_only = False
+        self._begin_waits = None
+        self._queue = []
+        self._may_ride = False
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting

@@ -13,14 +13,14 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._riding import check, collect_gen, leave_pipeline_mode
-from ._statements import ENDS, NOTED, traits
+from ._riding import HISTORY_QUERY, check, collect_gen, leave_pipeline_mode
+from ._statements import ENDS, NOTED, RIDES, traits
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
     from psycopg.abc import Params, PQGen, Query
 
-    from .._ending import Session
+    from .._session import Session
 
 __all__ = ["AsyncCursor", "AsyncServerCursor"]
 
@@ -49,8 +49,10 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if not lock.try_acquire():
             await lock.acquire()
         try:
+            conn._may_ride = found & RIDES
             await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
         except BaseException as exc:
+            conn._may_ride = 0
             if found & ENDS:
                 conn._ended_by_statement(exc)
             if isinstance(exc, errors._NO_TRACEBACK):
@@ -65,34 +67,55 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     def _maybe_prepare_gen(
         self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
     ) -> PQGen[None]:
-        """psycopg's; behind the first statement that writes the transaction's number is read."""
+        """psycopg's. BEGIN and SAVEPOINT ride before the statement, the number behind it."""
         conn: Any = self._conn
+        may_ride, conn._may_ride = conn._may_ride, 0
+        queued = may_ride and conn._queued and not conn._pipeline
+        if queued and conn._asks() and not conn._will_ask():
+            yield from conn._flush_gen()
+            queued = False
         unit = conn._unnumbered(pgq.query)
-        if unit is None:
+        if unit is None and not queued:
             yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
             return
         pgconn = self._pgconn
         prep, name = self._get_prepared(pgq, prepare)
+        asks = queued and conn._asks()
+        before: list[bytes] = []
         pgconn.enter_pipeline_mode()
         try:
+            if asks:
+                pgconn.send_query_params(HISTORY_QUERY, None)
+                pgconn.pipeline_sync()  # it may fail, and BEGIN not with it
+            if queued:
+                before = conn._take_queue()
+                for command in before:
+                    pgconn.send_query_params(command, None)
             if prep is Prepare.NO:
                 self._execute_send(pgq, binary=binary, force_extended=True)
             else:
                 if prep is Prepare.SHOULD:
                     self._send_prepare(name, pgq)
                 self._send_query_prepared(name, pgq, binary=binary)
-            conn._send_position()
+            if unit is not None:
+                conn._send_position()
             pgconn.pipeline_sync()
             key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
-            results = yield from collect_gen(pgconn)
+            results = yield from collect_gen(pgconn, 2 if asks else 1)
         finally:
             leave_pipeline_mode(pgconn)
+        if asks:
+            conn._came_from(results.pop(0))
+        if before:
+            check(results[: len(before)], pgconn)
+            del results[: len(before)]
         if prep is Prepare.SHOULD and results[0].status == FATAL_ERROR:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)
         own = [results[1 if prep is Prepare.SHOULD else 0]]
         if key is not None:
             conn._prepared.validate(key, prep, name, own)
-        conn._numbered(unit, results[-1])
+        if unit is not None:
+            conn._numbered(unit, results[-1])
         check(results, pgconn)
         self._check_results(own)
         self._set_results(own)

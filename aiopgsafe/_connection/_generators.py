@@ -64,16 +64,30 @@ class EndingGenerators(Riding[Row]):
     def _forget_blocks(self) -> None:
         """For its next holder, between transactions: what the last one never left."""
         self._blocks.clear()
+        self._forget_queue()
         self._num_transactions = 0
         self._tpc = None
 
     def _start_query(self) -> PQGen[None]:
-        """psycopg's implicit BEGIN. The unit of a transaction that has ended ends here."""
-        if self._unit is not None and self.pgconn.transaction_status == IDLE:
-            self._forget_unit()
-        if not self._autocommit and self.pgconn.transaction_status == IDLE:
-            yield from self._begin_gen(self._begin_commands(self._time_left()))
-            self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
+        """psycopg's implicit BEGIN. The unit of a transaction that has ended ends here.
+
+        What waits goes before the statement, if it can't ride on it.
+        """
+        if self.pgconn.transaction_status == IDLE and self._begin_waits is None:
+            if self._unit is not None:
+                self._forget_unit()
+            if self._blocks:
+                self._check_begun()
+            elif not self._autocommit:
+                self._begin_waits = b""
+                self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
+        if self._queued and (not self._may_ride or self._pipeline):
+            yield from self._flush_gen()
+
+    def _check_begun(self) -> None:
+        """Inside a block whose BEGIN has failed nothing may run: it would be on its own."""
+        if not self._pipeline and self._blocks[-1]._unit.state is TransactionState.ACTIVE:
+            raise psycopg.OperationalError("the block's transaction has not begun: BEGIN failed")
 
     def _ended_by_statement(self, error: BaseException | None) -> None:
         """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
@@ -161,6 +175,7 @@ class EndingGenerators(Riding[Row]):
         return kept.results
 
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
+        self._queue.clear()  # RELEASE
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
         commands = [b"COMMIT"]
@@ -223,6 +238,7 @@ class EndingGenerators(Riding[Row]):
             raise psycopg.ProgrammingError("commit() cannot be used during a two-phase transaction")
         yield from self._sync_gen()
         if self.pgconn.transaction_status == IDLE:
+            self._forget_queue()
             self._forget_unit()
             return False
         self._check_not_active()
@@ -232,12 +248,34 @@ class EndingGenerators(Riding[Row]):
         """For the end of the outermost block."""
         if self._pipeline or self.pgconn.status != OK:
             yield from self._sync_gen()
+        if self._begin_waits is not None:  # nothing was executed
+            self._forget_queue()
+            unit.advance(TransactionState.COMMITTING)
+            return True
         if self.pgconn.transaction_status == IDLE:
             unit.advance(TransactionState.COMMITTING)
             raise ended_by_statement()
         if self.pgconn.transaction_status != INTRANS:
             self._check_not_active()
         return (yield from self._send_commit_gen(unit))
+
+    def _rollback_gen(self) -> PQGen[None]:
+        self._forget_queue()
+        yield from super()._rollback_gen()
+
+    def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
+        if self._begin_waits is not None:
+            raise psycopg.ProgrammingError(
+                f"can't change {attribute!r} now: the connection is in a transaction"
+            )
+        yield from super()._check_intrans_gen(attribute)
+
+    def _tpc_begin_gen(self, xid: Xid | str) -> PQGen[None]:
+        if self._begin_waits is not None:
+            raise psycopg.ProgrammingError(
+                "can't start two-phase transaction: the connection is in a transaction"
+            )
+        yield from super()._tpc_begin_gen(xid)
 
     def _tpc_commit_gen(self, unit: Unit, xid: Xid | str | None) -> PQGen[bool]:
         if self._tpc and xid is None and not self._tpc[1]:

@@ -12,7 +12,7 @@ from .._ending import acquire_shielded
 from .._shield import Shield
 
 if TYPE_CHECKING:
-    from .._ending import Session
+    from .._session import Session
 
 logger = logging.getLogger("aiopgsafe")
 

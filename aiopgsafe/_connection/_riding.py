@@ -1,9 +1,14 @@
 """What rides on the program's own statements, in one round trip with them.
 
+BEGIN, SAVEPOINT and RELEASE wait in a queue and go before the next statement. What can't be
+sent in one pipeline with them (COPY, several commands in one string, a stream, a server-side
+cursor, whatever isn't a cursor of ours) has the queue sent before it: `_flush_gen()`.
+COMMIT makes RELEASE superfluous; a block that executes nothing sends nothing.
+
 Where a COMMIT is lost, the server is asked by the transaction's number (`_resolver`). That
 must be known before COMMIT is sent: it is read behind the transaction's first statement that
 writes, and the server's history with the connection's first BEGIN. libpq's pipeline mode
-carries them; psycopg's own pipelines are not involved.
+carries all this; psycopg's own pipelines are not involved.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import errors, generators, pq
+from psycopg import ConnectionInfo, errors, generators, pq
 from psycopg.rows import Row
 
 from .._resolver import HISTORY, POSITION, Origin
@@ -31,6 +36,7 @@ logger = logging.getLogger("aiopgsafe")
 
 OK = pq.ConnStatus.OK
 INTRANS = pq.TransactionStatus.INTRANS
+QUERY_CANCELED = b"57014"
 SYNC = pq.ExecStatus.PIPELINE_SYNC
 ABORTED = pq.ExecStatus.PIPELINE_ABORTED
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
@@ -48,7 +54,15 @@ class Riding(psycopg.AsyncConnection[Row]):
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
     :ivar _position: the name under which its query is prepared; empty: it isn't.
+    :ivar _begin_waits: the BEGIN that goes before the next statement; empty: as the
+        connection's attributes say.
+    :ivar _queue: SAVEPOINT and RELEASE that go there, behind it.
+    :ivar _may_ride: whether the statement that begins may have them in its pipeline.
     """
+
+    _begin_waits: bytes | None
+    _queue: list[bytes]
+    _may_ride: bool
 
     _origin: Origin | bool | None
     _position: bytes
@@ -65,16 +79,81 @@ class Riding(psycopg.AsyncConnection[Row]):
     def _unnumbered(self, query: bytes) -> Unit | None:
         """The transaction whose number is to be read behind this statement, if any is."""
         if (
-            self._origin
+            (self._origin or self._will_ask())
             and self._pipeline is None
             and (unit := self._current_unit) is not None
             and unit.xid is None
             and unit.token is None
             and traits_of_text(query) & WRITES
-            and self.pgconn.transaction_status == INTRANS
+            and (self._begin_waits is not None or self.pgconn.transaction_status == INTRANS)
         ):
             return unit
         return None
+
+    # The queue
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """psycopg's, in a transaction from the moment that it was asked for."""
+        return Info(self.pgconn) if self._begin_waits is not None else super().info
+
+    @property
+    def _queued(self) -> bool:
+        return self._begin_waits is not None or bool(self._queue)
+
+    def _take_queue(self, time_left: float | None = None) -> list[bytes]:
+        """Whoever takes it sends it at once: without BEGIN statements would be on their own."""
+        commands, self._queue = self._queue, []
+        if self._begin_waits is not None:
+            time_left = self._time_left() if time_left is None else time_left
+            commands[:0] = self._begin_commands(time_left, self._begin_waits or None)
+            self._begin_waits = None
+        return commands
+
+    def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
+        """Send what waits, in a round trip of its own."""
+        begins = self._begin_waits is not None
+        if commands := self._take_queue(time_left):
+            yield from self._begin_gen(commands) if begins else self._commands_gen(commands)
+
+    def _forget_queue(self) -> None:
+        self._begin_waits = None
+        self._queue.clear()
+
+    def _release(self, savepoint: bytes, release: bytes) -> None:
+        """Let RELEASE ride; a SAVEPOINT that wasn't sent has nothing inside it."""
+        if savepoint in self._queue:
+            del self._queue[self._queue.index(savepoint) :]
+        else:
+            self._queue.append(release)
+
+    def _undone(self, savepoint: bytes | None) -> bool:
+        """Drop of the queue what is rolled back; whether that is all.
+
+        :param savepoint: None: the whole transaction.
+        """
+        if savepoint is None:
+            done = self._begin_waits is not None
+            self._forget_queue()
+            return done
+        done = savepoint in self._queue
+        del self._queue[self._queue.index(savepoint) if done else 0 :]
+        return done
+
+    # The number
+
+    def _asks(self) -> bool:
+        """Whether the history comes with the statement that begins: it is the first BEGIN."""
+        return self._begin_waits is not None and self._origin is None
+
+    def _will_ask(self) -> bool:
+        """Whether it comes, and another connection has had an answer there."""
+        return self._asks() and _answering.get(self._where, False)
+
+    @property
+    def _where(self) -> tuple[bytes, ...]:
+        pgconn = self.pgconn
+        return pgconn.host, pgconn.port, pgconn.user, pgconn.db
 
     def _send_position(self) -> bool:
         """Into a pipeline. Whether it is prepared with it: one more result comes, before its."""
@@ -110,19 +189,55 @@ class Riding(psycopg.AsyncConnection[Row]):
             *(partial(pgconn.send_query_params, command, None) for command in commands),
         ]
         history, *begun = yield from together_gen(pgconn, sends, syncs=2)
-        self._origin = False
+        self._came_from(history)
+        check(begun, pgconn)
+
+    def _came_from(self, history: PGresult) -> None:
+        """Note where the session's transactions can be asked for, if they can."""
+        if history.error_field(pq.DiagnosticField.SQLSTATE) == QUERY_CANCELED:
+            return  # ask once more
+        if len(_answering) > MAX_SERVERS:
+            _answering.clear()
+        self._origin = _answering[self._where] = False
         if history.status == TUPLES_OK and history.ntuples == 1:
             values = [history.get_value(0, column) for column in range(history.nfields)]
             row = [None if value is None else value.decode() for value in values]
             origin = Origin.of(row)
-            if origin.pid == pgconn.backend_pid and row[0] and row[2]:
+            if origin.pid == self.pgconn.backend_pid and row[0] and row[2]:
                 self._origin = origin
+                _answering[self._where] = True
         elif history.status == FATAL_ERROR:
             logger.info("outcomes of %s can't be asked for: %s", self, history.error_message)
-        check(begun, pgconn)
+
+    # Of `_generators`
 
     def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
         raise NotImplementedError
+
+    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
+        raise NotImplementedError
+
+    def _time_left(self) -> float:
+        raise NotImplementedError
+
+
+MAX_SERVERS = 100
+
+_answering: dict[tuple[bytes, ...], bool] = {}
+"""Whether outcomes can be asked for, by address, user and database.
+
+Of the first connection there nothing is known: a query of ours that fails would take the
+program's transaction with it. So its first BEGIN has a round trip of its own.
+"""
+
+
+class Info(ConnectionInfo):
+    """While BEGIN waits."""
+
+    @property
+    def transaction_status(self) -> pq.TransactionStatus:
+        """In a transaction."""
+        return INTRANS
 
 
 def together_gen(
@@ -171,7 +286,7 @@ def collect_gen(
 
 def leave_pipeline_mode(pgconn: PGconn) -> None:
     """At the end, or wherever an exception has hit: what is left then is taken by who stops it."""
-    if pgconn.status == OK and pgconn.pipeline_status:
+    if pgconn.pipeline_status:
         try:
             pgconn.exit_pipeline_mode()
         except psycopg.Error as exc:

@@ -12,9 +12,10 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-LISTENS, ENDS, WRITES, FORGETS = 1, 2, 4, 8
+LISTENS, ENDS, WRITES, FORGETS, RIDES = 1, 2, 4, 8, 16
 """Traits: it may contain LISTEN; one of its commands ends the transaction; it is a single
-INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements."""
+INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements; it may go in one pipeline
+with others."""
 
 NOTED = LISTENS | ENDS | FORGETS
 """Traits that the connection must know of."""
@@ -66,7 +67,28 @@ def traits_of_text(query: str | bytes) -> int:
         found |= ENDS
     if _DML.match(lower.lstrip()) and b";" not in lower:
         found |= WRITES
+    if not found & ENDS and rides(lower):
+        found |= RIDES
     return found
+
+
+def rides(text: bytes) -> bool:
+    """Whether `text`, in lower case, is a single command and no COPY, which no pipeline takes."""
+    first, over, at = True, False, 0
+    if b";" not in text and text[:1].isalpha():
+        return not text.startswith(b"copy")
+    while (token := _TOKEN.search(text, at)) is not None:
+        at = token.end()
+        word = token.group()
+        if word == b"/*":
+            at = _end_of_comment(text, token.start())
+        elif word == b";":
+            over = True
+        elif not word.startswith(b"--"):
+            if over or (first and word == b"copy"):
+                return False
+            first = False
+    return True
 
 
 def ends_transaction(text: bytes) -> bool:

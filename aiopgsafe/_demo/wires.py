@@ -32,12 +32,14 @@ class Wire:
 
     :ivar pid: of the server process, once the session has begun.
     :ivar left: the client has said goodbye, or its server process was killed.
+    :ivar asks: it was opened to ask for the outcome of a COMMIT, not for transfers.
     :ivar committing: the transfer whose COMMIT has passed and whose answer has not.
     """
 
     def __init__(self, dsn: str, commit_sent: set[str]) -> None:
         self.pid: int | None = None
         self.left = False
+        self.asks = False
         self.committing: str | None = None
         self._commit_sent = commit_sent
         self._transfer: str | None = None
@@ -45,12 +47,19 @@ class Wire:
         self.proxy.start()
         self.proxy.inject(Delay(COMMIT_DELAY), self._see)
 
+    @property
+    def counts(self) -> bool:
+        """Whether it was one of the sessions for transfers."""
+        return self.pid is not None and not self.asks
+
     def _see(self, message: Message) -> bool:
         """Look at each message before it is passed on. True: it is the answer to COMMIT."""
         if message.direction == "frontend":
             if message.type == "B":  # Bind: a statement's parameters
                 if found := _TRANSFER.search(message.payload):
                     self._transfer = found[0].decode()
+            elif message.type == "P" and b"pg_xact_status" in message.payload:
+                self.asks = True
             elif message.type == "X":
                 self.left = True
             elif _begin(message):
@@ -103,9 +112,9 @@ class Wires:
 
     @property
     def opened(self) -> int:
-        """How many sessions have been opened."""
+        """How many sessions have been opened for transfers."""
         with self._lock:
-            return self._opened + sum(wire.pid is not None for wire in self._wires)
+            return self._opened + sum(wire.counts for wire in self._wires)
 
     def kill(self, conn: psycopg.Connection[Any], random: Random) -> None:
         """Kill the server process of any session; what it has on its way is lost.
@@ -137,4 +146,4 @@ class Wires:
             if wire.left and not wire.proxy.stats.open_connections:
                 wire.proxy.close()
                 self._wires.remove(wire)
-                self._opened += wire.pid is not None
+                self._opened += wire.counts

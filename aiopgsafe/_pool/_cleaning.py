@@ -15,7 +15,7 @@ from .._shield import Shield
 from ._options import Callback, check_idle
 
 if TYPE_CHECKING:
-    from .._ending import Session
+    from .._session import Session
 
 logger = logging.getLogger("aiopgsafe.pool")
 
