@@ -25,7 +25,7 @@ import trio
 import uvloop
 
 from aiopgsafe.testing import TemporaryServer
-from benchmarks import connections, notifying, outcomes, pools
+from benchmarks import connections, notifying, outcomes, pools, transactions
 from benchmarks.turns import TURN, measure, print_row
 
 
@@ -33,6 +33,11 @@ async def report(loop: str, dsn: str, turns: int) -> None:
     async with AsyncExitStack() as stack:
         for title, workload in (await connections.workloads(dsn, stack)).items():
             await measure(workload, 10)  # caches, prepared statements
+            print_row(loop, title, await measure(workload, turns))
+    async with AsyncExitStack() as stack:
+        some = await transactions.clients(dsn, stack)
+        for title, workload in transactions.workloads(some).items():
+            await measure(workload, 10)
             print_row(loop, title, await measure(workload, turns))
     async with AsyncExitStack() as stack:
         clients = await pools.pools(dsn, stack)

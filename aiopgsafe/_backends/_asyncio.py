@@ -22,6 +22,7 @@ import anyio
 from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, Told, other_loop
+from ._asyncio_answer import Answer
 from ._asyncio_jobs import Connecting, LoopHandler, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
@@ -36,10 +37,10 @@ class Channel:
     """See `_backends.Channel`."""
 
     __slots__ = (
+        "_answer",
         "_error",
         "_expired",
         "_fd",
-        "_future",
         "_gen",
         "_last_yield",
         "_limit",
@@ -47,6 +48,7 @@ class Channel:
         "_pgconn",
         "_readiness",
         "_reading",
+        "_reads",
         "_tells_once",
         "_timer",
         "_timer_when",
@@ -62,7 +64,7 @@ class Channel:
         self._told = told
         self._fd = pgconn.socket
         self._gen: PQGen[Any] | None = None
-        self._future: asyncio.Future[Any] | None = None
+        self._answer: Answer | None = None
         self._value: Any = None
         self._error: BaseException | None = None
         self._limit: float | None = None
@@ -71,6 +73,7 @@ class Channel:
         self._timer_when = 0.0
         self._readiness = Readiness(self._fd)
         self._writing = False
+        self._reads = False  # in the reader's callback, which resumes the task at its end
         self._last_yield = 0.0
         # asyncio's own loops tell of an error until it is gone.
         self._tells_once = not isinstance(self._loop, asyncio.BaseEventLoop)
@@ -90,8 +93,7 @@ class Channel:
         self.check()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
-        self._forget_future()
-        self._future = self._loop.create_future()
+        self._answer = Answer(self._loop)
         self._gen = gen
         self._limit = None
         self._expired = False
@@ -100,16 +102,16 @@ class Channel:
         self._advance(None)
 
     def wait(self) -> Awaitable[Any]:
-        future = self._future
-        if future is None or future.cancelled():
+        answer = self._answer
+        if answer is None or answer.cancelled():
             # The one before went with a cancellation; the generator has been
             # driven on meanwhile and may have ended.
-            future = self._future = self._loop.create_future()
+            answer = self._answer = Answer(self._loop)
             if self._gen is None:
-                self._settle(future)
+                self._settle(answer)
             elif self._expired:
-                future.set_exception(Expired())
-        return future
+                answer.set(None, Expired())
+        return answer
 
     def limit(self, when: float) -> None:
         if self._limit is not None and self._limit <= when:
@@ -138,26 +140,20 @@ class Channel:
             self._advance(READ)
         if self._gen is not None:
             self._expired = True
-            if self._future is not None and not self._future.done():
-                self._future.set_exception(Expired())
+            if self._answer is not None and not self._answer.done():
+                self._answer.set(None, Expired())
+                self._answer.resume_soon()
 
     def extend(self, when: float) -> None:
         if self._expired:
             self._expired = False
-            self._forget_future()
+            self._answer = None
         self._limit = None
         self.limit(when)
 
     def abandon(self) -> None:
         self._gen = None
-        self._forget_future()
-
-    def _forget_future(self) -> None:
-        future, self._future = self._future, None
-        if future is not None and future.done() and not future.cancelled():
-            # Nobody waits for it any more, an interruption came first: without
-            # this asyncio would log that its exception was never retrieved.
-            future.exception()
+        self._answer = None
 
     def watch(self, on: bool) -> None:
         pass
@@ -217,6 +213,17 @@ class Channel:
     # In the loop's callbacks
 
     def _on_readable(self) -> None:
+        self._reads = True
+        try:
+            self._read()
+        finally:
+            self._reads = False
+        answer = self._answer
+        if answer is not None and answer.done():
+            # Last: the task may begin the next statement here.
+            answer.resume()
+
+    def _read(self) -> None:
         self._last_yield = 0.0
         if self._gen is None:
             self._on_unasked()
@@ -287,23 +294,22 @@ class Channel:
                     self._watch()
                 if self._told.listening:
                     self._told.drain(self._pgconn)
-        future = self._future
-        if future is not None and not future.done():
+        answer = self._answer
+        if answer is not None and not answer.done():
             if error is None and self._busy_too_long():
                 # A COPY of many small rows never waits: let the others run.
                 self._last_yield = 0.0
-                self._loop.call_soon(self._settle, future)
+                self._loop.call_soon(self._settle, answer)
             else:
-                self._settle(future)
+                self._settle(answer)
 
-    def _settle(self, future: asyncio.Future[Any]) -> None:
+    def _settle(self, answer: Answer) -> None:
         # In a later turn than its generator ended, it may have been forgotten: the
         # next one's outcome is not for it.
-        if future is self._future and not future.done():
-            if self._error is not None:
-                future.set_exception(self._error)
-            else:
-                future.set_result(self._value)
+        if answer is self._answer and not answer.done():
+            answer.set(self._value, self._error)
+            if not self._reads:
+                answer.resume_soon()
 
     def _watch(self) -> None:
         if not self.closed:

@@ -1,0 +1,105 @@
+"""A future whose task goes on at once when its answer is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from contextvars import Context
+from typing import Any
+
+PENDING, DONE, CANCELLED = range(3)
+
+
+class Answer:
+    """What a task waits for: a future, as `asyncio.Task` knows them (`asyncio.isfuture()`).
+
+    asyncio's own has its task resumed in the next cycle of the loop: another look at all
+    descriptors, for each statement. This one calls the task back where the answer is read,
+    in the reader's callback, as the last thing that it does.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_loop",
+        "_message",
+        "_outcome",
+        "_state",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asyncio_future_blocking = False
+        self._loop = loop
+        self._state = PENDING
+        self._outcome: tuple[Any, BaseException | None] = (None, None)
+        self._message: object = None
+        self._callback: Callable[[Answer], object] | None = None
+        self._context: Context | None = None
+
+    # Of who answers
+
+    def set(self, value: Any, error: BaseException | None) -> None:
+        """Note the answer; `resume()` or `resume_soon()` lets the task have it."""
+        self._outcome = value, error
+        self._state = DONE
+
+    def resume(self) -> None:
+        """Let the task go on, in this call. Not from within a task."""
+        callback, self._callback = self._callback, None
+        if callback is not None and self._context is not None:
+            self._context.run(callback, self)
+
+    def resume_soon(self) -> None:
+        """Let the task go on in the next cycle."""
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            self._loop.call_soon(callback, self, context=self._context)
+
+    # Of the task
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def done(self) -> bool:
+        return self._state != PENDING
+
+    def cancelled(self) -> bool:
+        return self._state == CANCELLED
+
+    def cancel(self, msg: object = None) -> bool:
+        if self._state != PENDING:
+            return False
+        self._state, self._message = CANCELLED, msg
+        self.resume_soon()
+        return True
+
+    def result(self) -> Any:
+        if self._state == CANCELLED:
+            raise asyncio.CancelledError(*(() if self._message is None else (self._message,)))
+        if self._state == PENDING:
+            raise asyncio.InvalidStateError("the answer is not there yet")
+        value, error = self._outcome
+        if error is not None:
+            self._outcome = None, None  # its traceback leads to our frame
+            raise error
+        return value
+
+    def add_done_callback(
+        self, fn: Callable[[Answer], object], *, context: Context | None = None
+    ) -> None:
+        self._callback, self._context = fn, context
+        if self._state != PENDING:
+            self.resume_soon()
+
+    def remove_done_callback(self, fn: Callable[[Answer], object]) -> int:
+        found = self._callback == fn
+        if found:
+            self._callback = None
+        return int(found)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self._state == PENDING:
+            self._asyncio_future_blocking = True
+            yield self
+        return self.result()
