@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator
 from contextvars import Context
 from typing import Any
 
+Callback = Callable[["Answer"], object]
+
 PENDING, DONE, CANCELLED = range(3)
 
 
@@ -20,8 +22,7 @@ class Answer:
 
     __slots__ = (
         "_asyncio_future_blocking",
-        "_callback",
-        "_context",
+        "_callbacks",
         "_loop",
         "_message",
         "_outcome",
@@ -34,8 +35,7 @@ class Answer:
         self._state = PENDING
         self._outcome: tuple[Any, BaseException | None] = (None, None)
         self._message: object = None
-        self._callback: Callable[[Answer], object] | None = None
-        self._context: Context | None = None
+        self._callbacks: list[tuple[Callback, Context | None]] = []
 
     # Of who answers
 
@@ -46,15 +46,18 @@ class Answer:
 
     def resume(self) -> None:
         """Let the task go on, in this call. Not from within a task."""
-        callback, self._callback = self._callback, None
-        if callback is not None and self._context is not None:
-            self._context.run(callback, self)
+        callbacks, self._callbacks = self._callbacks, []
+        for callback, context in callbacks:
+            if context is None:
+                callback(self)
+            else:
+                context.run(callback, self)
 
     def resume_soon(self) -> None:
         """Let the task go on in the next cycle."""
-        callback, self._callback = self._callback, None
-        if callback is not None:
-            self._loop.call_soon(callback, self, context=self._context)
+        callbacks, self._callbacks = self._callbacks, []
+        for callback, context in callbacks:
+            self._loop.call_soon(callback, self, context=context)
 
     # Of the task
 
@@ -80,23 +83,23 @@ class Answer:
         if self._state == PENDING:
             raise asyncio.InvalidStateError("the answer is not there yet")
         value, error = self._outcome
-        if error is not None:
-            self._outcome = None, None  # its traceback leads to our frame
+        if error is None:
+            return value
+        # Asked for again where the task was cancelled meanwhile: it is told of that first.
+        try:
             raise error
-        return value
+        finally:
+            del self, error  # its traceback leads to this frame
 
-    def add_done_callback(
-        self, fn: Callable[[Answer], object], *, context: Context | None = None
-    ) -> None:
-        self._callback, self._context = fn, context
+    def add_done_callback(self, fn: Callback, *, context: Context | None = None) -> None:
+        self._callbacks.append((fn, context))
         if self._state != PENDING:
             self.resume_soon()
 
-    def remove_done_callback(self, fn: Callable[[Answer], object]) -> int:
-        found = self._callback == fn
-        if found:
-            self._callback = None
-        return int(found)
+    def remove_done_callback(self, fn: Callback) -> int:
+        before = len(self._callbacks)
+        self._callbacks = [entry for entry in self._callbacks if entry[0] != fn]
+        return before - len(self._callbacks)
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._state == PENDING:

@@ -123,7 +123,7 @@ class CancelSweep(Generic[T]):
     def _native(
         self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], future: Any
     ) -> None:
-        if self._how == "edge-late" and isinstance(future, asyncio.Future):
+        if self._how == "edge-late" and asyncio.isfuture(future):
             # Before the task adds its own callback, so that ours is called first.
             future.add_done_callback(lambda _: task.cancel())
         else:
