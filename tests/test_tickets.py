@@ -111,6 +111,35 @@ async def test_a_program_that_forgets_prepared_statements_forgets_ours(
         await conn.execute(forget)
 
 
+async def test_what_could_not_be_prepared_is_prepared_later(conn: Conn, admin: Admin) -> None:
+    """Behind an error nothing is; and nothing piles up on the server."""
+    admin.execute("alter table t add primary key (id)")
+    admin.execute("insert into t values (1)")
+    await conn.execute("deallocate all")
+    for _ in range(3):
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            async with conn.transaction(), conn.transaction():
+                await conn.execute("insert into t values (1)")
+    async with conn.transaction() as tx, conn.transaction():
+        await conn.execute("insert into t values (2)")
+        assert tx.xid is not None
+    found = "select count(*) from pg_prepared_statements where name like '_aiopgsafe%'"
+    assert await (await conn.execute(found)).fetchone() == (3,)  # BEGIN, SAVEPOINT, the number
+
+
+async def test_a_deallocate_that_nobody_sees_costs_a_transaction(conn: Conn) -> None:
+    async with conn.transaction() as tx:
+        await conn.execute("insert into t values (1)")
+    await conn.execute("do $$ begin execute 'deall' || 'ocate all'; end $$")
+    with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+        async with conn.transaction() as tx:
+            await conn.execute("insert into t values (1)")
+    assert tx.state is ROLLED_BACK
+    async with conn.transaction() as tx:
+        await conn.execute("insert into t values (1)")
+    assert tx.xid is not None
+
+
 async def copy_in(tx: Transaction[Any]) -> None:
     async with tx.cursor() as cur, cur.copy("copy t from stdin") as copy:
         await copy.write("1\n")

@@ -114,8 +114,9 @@ class AsyncConnection(Endings[Row]):
         self._uncancellable: object = None
         self._section: Section | None = None
         self._origin = None
-        self._position = b""
-        self._positions = 0
+        self._names = {}
+        self._preparing = []
+        self._numbers = 0
         self._reads_only = False
         self._begin_waits = None
         self._queue = []
@@ -255,7 +256,7 @@ class AsyncConnection(Endings[Row]):
         if found & LISTENS:
             self._told.listening = True
         if found & FORGETS:
-            self._position = b""
+            self._names.clear()
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel

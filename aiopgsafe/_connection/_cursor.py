@@ -13,7 +13,7 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._riding import HISTORY_QUERY, check, collect_gen, leave_pipeline_mode
+from ._riding import HISTORY_QUERY, POSITION_QUERY, check, collect_gen, leave_pipeline_mode
 from ._statements import ENDS, NOTED, RIDES, traits
 
 if TYPE_CHECKING:
@@ -81,16 +81,16 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         pgconn = self._pgconn
         prep, name = self._get_prepared(pgq, prepare)
         asks = queued and conn._asks()
-        before: list[bytes] = []
+        before = 0
         pgconn.enter_pipeline_mode()
         try:
             if asks:
                 pgconn.send_query_params(HISTORY_QUERY, None)
                 pgconn.pipeline_sync()  # it may fail, and BEGIN not with it
             if queued:
-                before = conn._take_queue()
-                for command in before:
-                    pgconn.send_query_params(command, None)
+                for command in conn._take_queue():
+                    before += conn._send(command, before)
+            ours = 1 if prep is not Prepare.SHOULD else 2
             if prep is Prepare.NO:
                 self._execute_send(pgq, binary=binary, force_extended=True)
             else:
@@ -98,7 +98,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
                     self._send_prepare(name, pgq)
                 self._send_query_prepared(name, pgq, binary=binary)
             if unit is not None:
-                conn._send_position()
+                conn._send(POSITION_QUERY, before + ours)
             pgconn.pipeline_sync()
             key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
             results = yield from collect_gen(pgconn, 2 if asks else 1)
@@ -106,12 +106,13 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
             leave_pipeline_mode(pgconn)
         if asks:
             conn._came_from(results.pop(0))
+        conn._prepared_now(results)
         if before:
-            check(results[: len(before)], pgconn)
-            del results[: len(before)]
+            check(results[:before], pgconn)
+            del results[:before]
         if prep is Prepare.SHOULD and results[0].status == FATAL_ERROR:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)
-        own = [results[1 if prep is Prepare.SHOULD else 0]]
+        own = [results[ours - 1]]
         if key is not None:
             conn._prepared.validate(key, prep, name, own)
         if unit is not None:

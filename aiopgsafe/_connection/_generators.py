@@ -209,22 +209,21 @@ class EndingGenerators(Riding[Row]):
         pgconn = self.pgconn
         pgconn.enter_pipeline_mode()
         try:
-            prepared = self._send_position()
+            place = self._send(POSITION_QUERY, 0) - 1
             pgconn.send_flush_request()  # what is lost with COMMIT's answer is no help
             for command in commands:
                 pgconn.send_query_params(command, None)
             pgconn.pipeline_sync()
-            results = yield from collect_gen(
-                pgconn, seen={1 if prepared else 0: partial(self._numbered, unit)}
-            )
+            results = yield from collect_gen(pgconn, seen={place: partial(self._numbered, unit)})
         finally:
             leave_pipeline_mode(pgconn)
+        self._prepared_now(results)
         check(results, pgconn)
         return results[-1]
 
     def _deallocate(self, name: bytes | None) -> PQGen[None]:
         if name is None:
-            self._position = b""  # DEALLOCATE ALL
+            self._names.clear()  # DEALLOCATE ALL
         yield from super()._deallocate(name)
 
     def _commit_unit_gen(self, unit: Unit) -> PQGen[bool]:

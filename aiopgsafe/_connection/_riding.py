@@ -36,7 +36,10 @@ logger = logging.getLogger("aiopgsafe")
 
 OK = pq.ConnStatus.OK
 INTRANS = pq.TransactionStatus.INTRANS
+COMMAND_OK = pq.ExecStatus.COMMAND_OK
+SQLSTATE = pq.DiagnosticField.SQLSTATE
 QUERY_CANCELED = b"57014"
+UNDEFINED_NAME = b"26000"
 SYNC = pq.ExecStatus.PIPELINE_SYNC
 ABORTED = pq.ExecStatus.PIPELINE_ABORTED
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
@@ -53,7 +56,8 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
-    :ivar _position: the name under which its query is prepared; empty: it isn't.
+    :ivar _names: of what we have prepared: BEGIN, SAVEPOINT, RELEASE, and the query for the
+        number.
     :ivar _begin_waits: the BEGIN that goes before the next statement; empty: as the
         connection's attributes say.
     :ivar _queue: SAVEPOINT and RELEASE that go there, behind it.
@@ -65,8 +69,9 @@ class Riding(psycopg.AsyncConnection[Row]):
     _may_ride: bool
 
     _origin: Origin | bool | None
-    _position: bytes
-    _positions: int
+    _names: dict[bytes, bytes]
+    _preparing: list[tuple[int, bytes]]
+    _numbers: int
     _reads_only: bool  # what the transaction was begun as
     _blocks: list[Transaction[Any]]
     _unit: Unit | None
@@ -155,21 +160,43 @@ class Riding(psycopg.AsyncConnection[Row]):
         pgconn = self.pgconn
         return pgconn.host, pgconn.port, pgconn.user, pgconn.db
 
-    def _send_position(self) -> bool:
-        """Into a pipeline. Whether it is prepared with it: one more result comes, before its."""
-        prepare = not self._position
-        if prepare:
-            # A new name each time: a DEALLOCATE of the program's own may have spared it.
-            self._positions += 1
-            self._position = b"_aiopgsafe_%d" % self._positions
-            self.pgconn.send_prepare(self._position, POSITION_QUERY)
-        self.pgconn.send_query_prepared(self._position, None)
-        return prepare
+    def _send(self, command: bytes, at: int) -> int:
+        """Into a pipeline, prepared. How many results come: two if it is prepared only now.
+
+        :param at: how many come before it.
+        """
+        name = self._names.get(command)
+        if name is not None:
+            self.pgconn.send_query_prepared(name, None)
+            return 1
+        if not self._origin or len(self._names) >= MAX_NAMES:  # a pooler, or nothing is known
+            self.pgconn.send_query_params(command, None)
+            return 1
+        # A new name each time: a DEALLOCATE of the program's own may have spared the old one.
+        self._numbers += 1
+        name = self._names[command] = b"_aiopgsafe_%d" % self._numbers
+        self._preparing.append((at, command))
+        self.pgconn.send_prepare(name, command)
+        self.pgconn.send_query_prepared(name, None)
+        return 2
+
+    def _prepared_now(self, results: Results) -> None:
+        """Forget what could not be prepared: behind an error nothing is.
+
+        What the server has forgotten without our seeing it (a DEALLOCATE inside a function)
+        is prepared anew, too: InvalidSqlStatementName tells of it.
+        """
+        for at, command in self._preparing:
+            if at >= len(results) or results[at].status != COMMAND_OK:
+                self._names.pop(command, None)
+        self._preparing.clear()
+        for result in results:
+            if result.status == FATAL_ERROR and result.error_field(SQLSTATE) == UNDEFINED_NAME:
+                self._names.clear()
 
     def _numbered(self, unit: Unit, result: PGresult) -> None:
         """Note the number of the unit's transaction, if it has one."""
         if result.status != TUPLES_OK:
-            self._position = b""
             return
         xid, lsn = result.get_value(0, 0), result.get_value(0, 1)
         if xid is not None and lsn is not None and isinstance(self._origin, Origin):
@@ -194,7 +221,7 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _came_from(self, history: PGresult) -> None:
         """Note where the session's transactions can be asked for, if they can."""
-        if history.error_field(pq.DiagnosticField.SQLSTATE) == QUERY_CANCELED:
+        if history.error_field(SQLSTATE) == QUERY_CANCELED:
             return  # ask once more
         if len(_answering) > MAX_SERVERS:
             _answering.clear()
@@ -222,6 +249,7 @@ class Riding(psycopg.AsyncConnection[Row]):
 
 
 MAX_SERVERS = 100
+MAX_NAMES = 20
 
 _answering: dict[tuple[bytes, ...], bool] = {}
 """Whether outcomes can be asked for, by address, user and database.
