@@ -52,6 +52,7 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         self._unit = Unit(with_token=with_token)
         self._outer: Any = None  # the `Transaction` around a savepoint
         self._is_savepoint = False
+        self._savepoint = b""
         self._entered = False
         self._left = False
         # Of a savepoint; the outermost block's state is its unit's.
@@ -119,9 +120,12 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
                 self._unit = session._unit = session._unit or Unit(ACTIVE, session.commit_token)
         else:
             session._unit = None  # of a transaction that ended without our commit()
+            session._forget_queue()
             session._begin_waits = self._begin or b""
+            session._by_hand = False
         if self._name:
-            session._queue.append(self._sql("SAVEPOINT"))
+            self._savepoint = self._sql("SAVEPOINT")
+            session._queue.append(self._savepoint)
         session._push_block(self)
         self._entered = True
         self.status = self.Status.ACTIVE

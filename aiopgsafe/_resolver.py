@@ -3,7 +3,7 @@
 `pg_xact_status(xid)` alone lies. A transaction's number whose WAL was not flushed before
 a crash, or had not reached the standby before a promotion, is handed out again: the
 status is then another transaction's. So a `Ticket` also holds the server's `History`
-and the WAL position when the number was read, and `judge()` believes the status only
+and a position in the WAL behind the number, and `judge()` believes the status only
 where both rule that out:
 
     in recovery, another system, status unknown (too old)     can't be known
@@ -53,44 +53,55 @@ COMMITTED, ROLLED_BACK, UNKNOWN = (
 )
 
 HISTORY = """
-    select (select system_identifier::text from pg_control_system()),
-        substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),
-        (select stats_reset::text from pg_stat_bgwriter),
-        pg_postmaster_start_time()::text,
-        pg_last_wal_replay_lsn()::text,
-        pid::text, backend_start::text
-    from pg_stat_get_activity(pg_backend_pid())
+    select (select system_identifier::text from pg_catalog.pg_control_system()),
+        pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8),
+        (select stats_reset::text from pg_catalog.pg_stat_bgwriter),
+        pg_catalog.pg_postmaster_start_time()::text,
+        pg_catalog.pg_last_wal_replay_lsn()::text,
+        pid::text, backend_start::text, pg_catalog.pg_current_xact_id_if_assigned()::text,
+        (select pg_catalog.bool_or(pg_catalog.has_function_privilege(oid, 'execute'))::text
+            from pg_catalog.pg_proc where proname = 'pg_logical_emit_message')
+    from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid())
 """
-"""The server's history, and this session's beginning. Any role may ask; not in recovery.
+"""The server's history, this session's beginning, and whether `POSITION` may be asked for.
 
-``stats_reset`` is renewed by every crash recovery and survives clean restarts. Somebody may
-renew it by hand (``pg_stat_reset_shared``): the last two columns of the history tell that
-from a crash, after which recovery has ended further on.
+Any role may ask; not in recovery. ``stats_reset`` is renewed by every crash recovery and
+survives clean restarts. Somebody may renew it by hand (``pg_stat_reset_shared``): the last two
+columns of the history tell that from a crash, after which recovery has ended further on.
 """
 
-POSITION = "select pg_current_xact_id_if_assigned()::text, pg_current_wal_insert_lsn()::text"
-"""Behind a statement that writes: the transaction's number, and where its WAL ends."""
+POSITION = """
+    select pg_catalog.pg_current_xact_id_if_assigned()::text,
+        case when pg_catalog.pg_current_xact_id_if_assigned() is not null
+        then pg_catalog.pg_logical_emit_message(true, 'aiopgsafe', '')::text end
+"""
+"""Behind a statement that writes: the transaction's number, and a position behind it in the WAL.
+
+What is recovered up to there has seen the number, and hands it out to nobody else. That a
+statement has written proves nothing: to a temporary or unlogged table it writes no WAL. So
+a message of ours does, the smallest record that carries the number.
+"""
 
 ASK = """
     select case when recovering then null else
-            (select system_identifier::text from pg_control_system()) end,
+            (select system_identifier::text from pg_catalog.pg_control_system()) end,
         case when recovering then null else
-            substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
-        (select stats_reset::text from pg_stat_bgwriter),
-        pg_postmaster_start_time()::text,
-        pg_last_wal_replay_lsn()::text,
-        (select state from pg_stat_activity
+            pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8)
+            end,
+        (select stats_reset::text from pg_catalog.pg_stat_bgwriter),
+        pg_catalog.pg_postmaster_start_time()::text,
+        pg_catalog.pg_last_wal_replay_lsn()::text,
+        (select state from pg_catalog.pg_stat_activity
             where pid = %(pid)s and backend_start::text = %(backend_start)s)
-    from pg_is_in_recovery() recovering
+    from pg_catalog.pg_is_in_recovery() recovering
 """
 """What the server is now, and what the session does whose COMMIT it was."""
 
-STATUS = "select pg_xact_status(%(xid)s::text::xid8)"
+STATUS = "select pg_catalog.pg_xact_status(%(xid)s::text::pg_catalog.xid8)"
 """Raises `InvalidParameterValue` for a number that hasn't been given out yet."""
 
-
 EVICT = """
-    select pg_terminate_backend(pid) from pg_stat_activity
+    select pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity
     where pid = %(pid)s and backend_start::text = %(backend_start)s
         and state like 'idle in transaction%%'
 """
@@ -100,7 +111,7 @@ Only while it is idle: one that waits for a synchronous standby has committed, a
 terminating it would make that visible without the standby.
 """
 
-INSERT_TOKEN = b"insert into aiopgsafe_token (token) values ('%s')"
+INSERT_TOKEN = b"insert into aiopgsafe.token (token) values ('%s')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +162,7 @@ class Origin:
     @classmethod
     def of(cls, row: Sequence[str | None]) -> Origin:
         """From the row that `HISTORY` gives."""
-        *history, pid, backend_start = row
+        *history, pid, backend_start = row[:7]
         return cls(History(*history), int(pid or 0), backend_start or "")  # type: ignore[arg-type]
 
 
@@ -160,7 +171,7 @@ class Ticket:
     """What it takes to ask for a transaction's outcome, later and from elsewhere.
 
     :ivar xid: the transaction's number (`xid8`: it doesn't wrap around).
-    :ivar lsn: where the WAL ended when the number was read.
+    :ivar lsn: a position in the WAL behind a record with the number.
     """
 
     xid: int

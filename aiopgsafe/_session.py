@@ -63,11 +63,16 @@ class Session(Protocol):
     def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
         """Send what waits."""
 
-    def _release(self, savepoint: bytes, release: bytes) -> None:
-        """Let RELEASE wait."""
+    _by_hand: bool
 
-    def _undone(self, savepoint: bytes | None) -> bool:
-        """Drop what is rolled back; whether nothing of it was sent."""
+    def _forget_queue(self) -> None:
+        """Nothing waits any more."""
+
+    def _waits(self, savepoint: bytes) -> bool:
+        """Whether this very SAVEPOINT waits."""
+
+    def _drop_from(self, savepoint: bytes) -> None:
+        """Drop a SAVEPOINT that waits, and what waits behind it."""
 
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of the transaction, and why it can't be known."""

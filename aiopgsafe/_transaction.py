@@ -16,6 +16,7 @@ from ._backends import Expired
 from ._ending import Section, commit, no_answer, roll_back, run
 from ._entering import Entering
 from ._outcome import TransactionState, ended_by_statement
+from ._shield import Shield
 from ._unit import Callback
 
 if TYPE_CHECKING:
@@ -233,13 +234,18 @@ class Transaction(Entering[Row]):
         session = self._session
         if session.closed or self._unit.state is not ACTIVE:
             raise psycopg.OperationalError("the transaction around the block has ended before it")
-        if not self.pgconn.pipeline_status and self._can_wait():
-            session._release(self._sql("SAVEPOINT"), self._sql("RELEASE"))
+        release = self._sql("RELEASE")
+        if not self.pgconn.pipeline_status and self._can_wait() and not session._by_hand:
+            if session._waits(self._savepoint):
+                session._drop_from(self._savepoint)  # nothing was executed inside it
+            else:
+                session._queue.append(release)
             self._become_part()
             return
         async with Section(session) as section:
             try:
-                await run(session, section.shield, session._commands_gen([self._sql("RELEASE")]))
+                session._queue.append(release)
+                await run(session, section.shield, session._flush_gen())
             except Expired:
                 session._drop("no answer to RELEASE")
                 section.error = no_answer("RELEASE", session.commit_timeout)
@@ -259,6 +265,22 @@ class Transaction(Entering[Row]):
             if callback.owner is self:
                 callback.owner = self._outer
 
+    async def _undo_now(self, shield: Shield) -> None:
+        """On the server, as far as it knows of the block."""
+        session = self._session
+        queue = session._queue
+        if not self._is_savepoint and session._begin_waits is not None:
+            session._forget_queue()
+        elif self._is_savepoint and session._waits(self._savepoint):
+            session._drop_from(self._savepoint)
+        else:
+            # RELEASE of blocks inside it: superfluous, unless one of them has our name.
+            before = list(queue) if self._is_savepoint and self._sql("RELEASE") in queue else []
+            queue.clear()
+            await roll_back(session, shield, [*before, *self._undo()])
+            if not self._is_savepoint:
+                session._forget_queue()
+
     async def _roll_back(
         self, exc: BaseException | None, going_through: BaseException | None
     ) -> None:
@@ -270,8 +292,7 @@ class Transaction(Entering[Row]):
             section.error = self._nesting_error()
             self._leave()
             if unit.state is ACTIVE:
-                if not session._undone(self._sql("SAVEPOINT") if self._is_savepoint else None):
-                    await roll_back(session, section.shield, self._undo())
+                await self._undo_now(section.shield)
             elif not self._is_savepoint and session._in_transaction:
                 # Begun by who has ended ours (COMMIT AND CHAIN): nobody else will end it.
                 await roll_back(session, section.shield, [b"ROLLBACK"])

@@ -114,7 +114,7 @@ app.add_typer(tokens, name="tokens")
 
 @tokens.command()
 def create(dsn: Dsn, loop: LoopOption = Loop.asyncio) -> None:
-    """Create the table aiopgsafe_token, if it isn't there.
+    """Create the table aiopgsafe.token, if it isn't there.
 
     Exit status: 0, 2 if it could not be created.
     """

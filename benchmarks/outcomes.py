@@ -9,7 +9,8 @@ import aiopgsafe
 from benchmarks.turns import Operation, Workload
 
 CREATE_TOKENS = """
-    create table if not exists aiopgsafe_token (
+    create schema if not exists aiopgsafe;
+    create table if not exists aiopgsafe.token (
         token uuid primary key, resolved boolean not null default false,
         created timestamptz not null default now()
     )

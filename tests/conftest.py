@@ -103,7 +103,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[TemporaryServer]:
 def dsn(server: TemporaryServer) -> str:
     """The server's, with an empty schema public."""
     with psycopg.connect(server.dsn, autocommit=True) as admin:
-        admin.execute("drop schema if exists public cascade")
+        admin.execute("drop schema if exists public, aiopgsafe cascade")
         admin.execute("create schema public")
     return server.dsn
 

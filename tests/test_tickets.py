@@ -332,8 +332,8 @@ async def test_a_token_costs_no_round_trip_and_no_table_is_an_error(
     async with conn.transaction(commit_token=True) as tx:
         await tx.execute("insert into t values (1)")
     assert proxy.stats.round_trips == 2
-    assert admin.execute("select count(*) from aiopgsafe_token").fetchone() == (1,)
-    admin.execute("drop table aiopgsafe_token")
+    assert admin.execute("select count(*) from aiopgsafe.token").fetchone() == (1,)
+    admin.execute("drop table aiopgsafe.token")
     with pytest.raises(psycopg.errors.UndefinedTable):
         async with conn.transaction(commit_token=True) as tx:
             await tx.execute("insert into t values (1)")

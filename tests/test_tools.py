@@ -200,11 +200,11 @@ def test_tokens_are_created_and_old_ones_are_pruned(dsn: str, admin: Admin) -> N
         result = run("tokens", "create", dsn)
         assert (result.returncode, result.stderr) == (0, "")
     admin.execute(
-        "insert into aiopgsafe_token select gen_random_uuid(), false,"
+        "insert into aiopgsafe.token select gen_random_uuid(), false,"
         " now() - i * interval '1 hour' + interval '1 minute' from generate_series(1, 48) i"
     )
     result = run("tokens", "prune", dsn)
     assert result.stdout == "24 tokens deleted\n"
-    assert admin.execute("select count(*) from aiopgsafe_token").fetchone() == (24,)
+    assert admin.execute("select count(*) from aiopgsafe.token").fetchone() == (24,)
     assert run("tokens", "prune", dsn, "--older-than", "1").returncode == 2
     assert run("tokens", "create", "host=127.0.0.1 port=1").returncode == 2

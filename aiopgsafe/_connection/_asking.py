@@ -39,10 +39,10 @@ PATIENCE = 2
 """Questions that find the session idle before it is ended: its COMMIT may just be arriving."""
 
 ADD_TOKEN = b"""
-    insert into aiopgsafe_token (token, resolved) values (%(token)s::uuid, true)
+    insert into aiopgsafe.token (token, resolved) values (%(token)s::uuid, true)
     on conflict do nothing
 """
-READ_TOKEN = b"select resolved from aiopgsafe_token where token = %(token)s::uuid"
+READ_TOKEN = b"select resolved from aiopgsafe.token where token = %(token)s::uuid"
 
 
 async def look_up(

@@ -35,7 +35,7 @@ from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import ENDS, FORGETS, LISTENS, NOTED, traits_of
+from ._statements import BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, traits_of
 
 if TYPE_CHECKING:
     from psycopg.abc import AdaptContext, ConnParam, Params, PQGen
@@ -120,7 +120,9 @@ class AsyncConnection(Endings[Row]):
         self._reads_only = False
         self._begin_waits = None
         self._queue = []
-        self._may_ride = False
+        self._may_ride = 0
+        self._unbegun = self._by_hand = False
+        self._rides = RIDES
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting
@@ -207,6 +209,8 @@ class AsyncConnection(Endings[Row]):
         conn.send_deadline = send_deadline
         conn.commit_token = commit_token
         conn._reach = reach
+        if str(params.get("replication", "off")).lower() not in ("off", "false", "no", "0"):
+            conn._rides, conn._origin = 0, False
         conn._statement_timeout = statement_timeout
         conn._limited = statement_timeout is not None
         conn._autocommit = bool(autocommit)
@@ -257,6 +261,8 @@ class AsyncConnection(Endings[Row]):
             self._told.listening = True
         if found & FORGETS:
             self._names.clear()
+        if found & BY_HAND:
+            self._by_hand = True
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel

@@ -13,8 +13,15 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._riding import HISTORY_QUERY, POSITION_QUERY, check, collect_gen, leave_pipeline_mode
-from ._statements import ENDS, NOTED, RIDES, traits
+from ._riding import (
+    HISTORY_QUERY,
+    POSITION_QUERY,
+    check,
+    collect_gen,
+    leave_pipeline_mode,
+    rest_gen,
+)
+from ._statements import ENDS, NOTED, traits
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
@@ -24,9 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncCursor", "AsyncServerCursor"]
 
+OK = pq.ConnStatus.OK
+COMMAND_OK = pq.ExecStatus.COMMAND_OK
+
 
 class AsyncCursor(psycopg.AsyncCursor[Row]):
-    """psycopg's, which notes that its session listens: a pool ends that."""
+    """psycopg's. BEGIN and the like ride on what it executes (`_riding`)."""
 
     __module__ = "aiopgsafe"
     __slots__ = ()
@@ -49,7 +59,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if not lock.try_acquire():
             await lock.acquire()
         try:
-            conn._may_ride = found & RIDES
+            conn._may_ride = found & conn._rides
             await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
         except BaseException as exc:
             conn._may_ride = 0
@@ -82,8 +92,8 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         prep, name = self._get_prepared(pgq, prepare)
         asks = queued and conn._asks()
         before = 0
-        pgconn.enter_pipeline_mode()
         try:
+            pgconn.enter_pipeline_mode()
             if asks:
                 pgconn.send_query_params(HISTORY_QUERY, None)
                 pgconn.pipeline_sync()  # it may fail, and BEGIN not with it
@@ -102,27 +112,30 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
             pgconn.pipeline_sync()
             key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
             results = yield from collect_gen(pgconn, 2 if asks else 1)
+        except psycopg.Error:
+            if pgconn.status == OK:  # libpq has refused it: too many parameters
+                conn._preparing.clear()
+                conn._names.clear()
+                yield from rest_gen(pgconn)
+                conn._unbegun = False  # BEGIN has gone before it
+            raise
         finally:
             leave_pipeline_mode(pgconn)
         if asks:
             conn._came_from(results.pop(0))
         conn._prepared_now(results)
-        if before:
-            check(results[:before], pgconn)
-            del results[:before]
-        if prep is Prepare.SHOULD and results[0].status == FATAL_ERROR:
+        own = [results[before + ours - 1]]
+        if prep is Prepare.SHOULD and results[before].status != COMMAND_OK:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)
-        own = [results[ours - 1]]
-        if key is not None:
+        elif key is not None:
             conn._prepared.validate(key, prep, name, own)
+        check(results[:before], pgconn)
+        conn._unbegun = False
         if unit is not None:
             conn._numbered(unit, results[-1])
         check(results, pgconn)
         self._check_results(own)
         self._set_results(own)
-
-
-FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

@@ -73,11 +73,13 @@ class EndingGenerators(Riding[Row]):
 
         What waits goes before the statement, if it can't ride on it.
         """
+        if self._blocks:
+            self._check_begun()
         if self.pgconn.transaction_status == IDLE and self._begin_waits is None:
             if self._unit is not None:
                 self._forget_unit()
             if self._blocks:
-                self._check_begun()
+                pass
             elif not self._autocommit:
                 self._begin_waits = b""
                 self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
@@ -86,7 +88,7 @@ class EndingGenerators(Riding[Row]):
 
     def _check_begun(self) -> None:
         """Inside a block whose BEGIN has failed nothing may run: it would be on its own."""
-        if not self._pipeline and self._blocks[-1]._unit.state is TransactionState.ACTIVE:
+        if self._unbegun:
             raise psycopg.OperationalError("the block's transaction has not begun: BEGIN failed")
 
     def _ended_by_statement(self, error: BaseException | None) -> None:
@@ -180,6 +182,8 @@ class EndingGenerators(Riding[Row]):
         unit.advance(TransactionState.COMMITTING)
         commands = [b"COMMIT"]
         lives = self.pgconn.transaction_status == INTRANS
+        if unit.token is not None and self._cannot_write():
+            unit.token = None
         if lives and unit.token is not None:
             # In one message with COMMIT: a session that has inserted it never waits.
             commands.insert(0, unit.token.insert)
@@ -236,8 +240,11 @@ class EndingGenerators(Riding[Row]):
         if self._tpc:
             raise psycopg.ProgrammingError("commit() cannot be used during a two-phase transaction")
         yield from self._sync_gen()
-        if self.pgconn.transaction_status == IDLE:
+        if self._begin_waits is not None:  # nothing was executed
             self._forget_queue()
+            unit.advance(TransactionState.COMMITTING)
+            return True
+        if self.pgconn.transaction_status == IDLE:
             self._forget_unit()
             return False
         self._check_not_active()
@@ -251,6 +258,7 @@ class EndingGenerators(Riding[Row]):
             self._forget_queue()
             unit.advance(TransactionState.COMMITTING)
             return True
+        self._check_begun()
         if self.pgconn.transaction_status == IDLE:
             unit.advance(TransactionState.COMMITTING)
             raise ended_by_statement()
@@ -258,8 +266,18 @@ class EndingGenerators(Riding[Row]):
             self._check_not_active()
         return (yield from self._send_commit_gen(unit))
 
+    def _cannot_write(self) -> bool:
+        """Whether the transaction is one that only reads, as far as the session knows."""
+        if self._reads_only or self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+            return True
+        return (
+            self.pgconn.parameter_status(b"default_transaction_read_only") == b"on"
+            and self.read_only is not False
+        )
+
     def _rollback_gen(self) -> PQGen[None]:
-        self._forget_queue()
+        if not self._num_transactions:  # refused inside a block
+            self._forget_queue()
         yield from super()._rollback_gen()
 
     def _check_intrans_gen(self, attribute: str) -> PQGen[None]:

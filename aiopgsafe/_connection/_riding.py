@@ -52,7 +52,7 @@ Results = list["PGresult"]
 
 
 class Riding(psycopg.AsyncConnection[Row]):
-    """The part of `AsyncConnection` that knows where its transactions can be asked for.
+    """The part of `AsyncConnection` that lets commands ride, and knows whom it can ask.
 
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
@@ -66,7 +66,10 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     _begin_waits: bytes | None
     _queue: list[bytes]
-    _may_ride: bool
+    _may_ride: int
+    _unbegun: bool  # BEGIN was taken from the queue, and has not succeeded
+    _by_hand: bool  # the program's own statements treat savepoints: RELEASE doesn't wait
+    _rides: int  # `RIDES`, or 0: a replication connection takes simple queries only
 
     _origin: Origin | bool | None
     _names: dict[bytes, bytes]
@@ -91,6 +94,7 @@ class Riding(psycopg.AsyncConnection[Row]):
             and unit.token is None
             and traits_of_text(query) & WRITES
             and (self._begin_waits is not None or self.pgconn.transaction_status == INTRANS)
+            and self._rides
         ):
             return unit
         return None
@@ -112,7 +116,8 @@ class Riding(psycopg.AsyncConnection[Row]):
         if self._begin_waits is not None:
             time_left = self._time_left() if time_left is None else time_left
             commands[:0] = self._begin_commands(time_left, self._begin_waits or None)
-            self._begin_waits = None
+            self._begin_waits, self._unbegun = None, True
+            self._reads_only = b"READ ONLY" in commands[0]
         return commands
 
     def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
@@ -120,30 +125,26 @@ class Riding(psycopg.AsyncConnection[Row]):
         begins = self._begin_waits is not None
         if commands := self._take_queue(time_left):
             yield from self._begin_gen(commands) if begins else self._commands_gen(commands)
+            self._unbegun = False
 
     def _forget_queue(self) -> None:
-        self._begin_waits = None
+        self._begin_waits, self._unbegun = None, False
         self._queue.clear()
 
-    def _release(self, savepoint: bytes, release: bytes) -> None:
-        """Let RELEASE ride; a SAVEPOINT that wasn't sent has nothing inside it."""
-        if savepoint in self._queue:
-            del self._queue[self._queue.index(savepoint) :]
-        else:
-            self._queue.append(release)
+    def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
+        """psycopg's, by which FETCH goes, too: what waits goes before it."""
+        if self._queued:
+            yield from self._flush_gen()
+        return (yield from super()._exec_command(command, result_format))
 
-    def _undone(self, savepoint: bytes | None) -> bool:
-        """Drop of the queue what is rolled back; whether that is all.
+    def _waits(self, savepoint: bytes) -> bool:
+        """Whether this very SAVEPOINT waits: blocks inside one another may share a name."""
+        return any(command is savepoint for command in self._queue)
 
-        :param savepoint: None: the whole transaction.
-        """
-        if savepoint is None:
-            done = self._begin_waits is not None
-            self._forget_queue()
-            return done
-        done = savepoint in self._queue
-        del self._queue[self._queue.index(savepoint) if done else 0 :]
-        return done
+    def _drop_from(self, savepoint: bytes) -> None:
+        """Drop a SAVEPOINT that waits, and what waits behind it."""
+        while self._queue.pop() is not savepoint:
+            continue
 
     # The number
 
@@ -153,7 +154,7 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _will_ask(self) -> bool:
         """Whether it comes, and another connection has had an answer there."""
-        return self._asks() and _answering.get(self._where, False)
+        return self._asks() and bool(self._rides) and _answering.get(self._where, False)
 
     @property
     def _where(self) -> tuple[bytes, ...]:
@@ -204,7 +205,6 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _begin_gen(self, commands: Sequence[bytes]) -> PQGen[None]:
         """BEGIN. The connection's first one asks for the server's history, in the same trip."""
-        self._reads_only = b"READ ONLY" in commands[0]
         if self._origin is not None or self._pipeline:
             yield from self._commands_gen(commands)
             return
@@ -230,7 +230,8 @@ class Riding(psycopg.AsyncConnection[Row]):
             values = [history.get_value(0, column) for column in range(history.nfields)]
             row = [None if value is None else value.decode() for value in values]
             origin = Origin.of(row)
-            if origin.pid == self.pgconn.backend_pid and row[0] and row[2]:
+            knows = row[0] and row[2] and row[-1] == "true"
+            if origin.pid == self.pgconn.backend_pid and knows:
                 self._origin = origin
                 _answering[self._where] = True
         elif history.status == FATAL_ERROR:
@@ -275,8 +276,8 @@ def together_gen(
 
     :param syncs: that come back, the one at the end included.
     """
-    pgconn.enter_pipeline_mode()
     try:
+        pgconn.enter_pipeline_mode()
         for send in sends:
             send()
         pgconn.pipeline_sync()
@@ -313,12 +314,27 @@ def collect_gen(
 
 
 def leave_pipeline_mode(pgconn: PGconn) -> None:
-    """At the end, or wherever an exception has hit: what is left then is taken by who stops it."""
+    """At the end. Where an exception has hit before, `rest_gen()` takes what is left."""
     if pgconn.pipeline_status:
         try:
             pgconn.exit_pipeline_mode()
         except psycopg.Error as exc:
             logger.debug("pipeline mode goes on: %s", exc)
+
+
+def rest_gen(pgconn: PGconn) -> PQGen[None]:
+    """Take all that is still to come of a pipeline, wherever an exception has hit, and leave it.
+
+    What was sent may have no Sync yet: ours ends it, and one too many does no harm.
+    """
+    pgconn.pipeline_sync()
+    results = yield from generators.execute(pgconn)
+    while pgconn.pipeline_status:
+        if results and results[0].status == SYNC:
+            leave_pipeline_mode(pgconn)
+            if not pgconn.pipeline_status:
+                return
+        results = yield from generators.fetch_many(pgconn)
 
 
 def check(results: Results, pgconn: PGconn) -> None:

@@ -12,16 +12,16 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-LISTENS, ENDS, WRITES, FORGETS, RIDES = 1, 2, 4, 8, 16
+LISTENS, ENDS, WRITES, FORGETS, RIDES, BY_HAND = 1, 2, 4, 8, 16, 32
 """Traits: it may contain LISTEN; one of its commands ends the transaction; it is a single
 INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements; it may go in one pipeline
-with others."""
+with others; it may treat savepoints."""
 
-NOTED = LISTENS | ENDS | FORGETS
+NOTED = LISTENS | ENDS | FORGETS | BY_HAND
 """Traits that the connection must know of."""
 
 _WORDS = (b"commit", b"end", b"rollback", b"abort", b"prepare")
-_NOTED_WORDS = (b"listen", b"deallocate", b"discard")
+_NOTED_WORDS = (b"listen", b"deallocate", b"discard", b"savepoint", b"release")
 _ENDING = re.compile(
     rb"(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
     rb"|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",  # to a savepoint
@@ -46,8 +46,8 @@ _COMMENT = re.compile(rb"/\*|\*/")
 
 
 def traits(query: Query, cursor: psycopg.AsyncCursor[Any]) -> int:
-    """LISTENS, ENDS, both, or 0. Asked for each statement; of LISTEN it errs on the safe side."""
-    if query.__class__ is str or query.__class__ is bytes:
+    """What is known of a statement. Asked for each; of LISTEN it errs on the safe side."""
+    if isinstance(query, (str, bytes)):
         return traits_of_text(query)
     text = repr(query).lower().encode()
     if not any(word in text for word in _WORDS + _NOTED_WORDS):
@@ -63,6 +63,8 @@ def traits_of_text(query: str | bytes) -> int:
     found = LISTENS if b"listen" in lower else 0
     if b"deallocate" in lower or b"discard" in lower:
         found |= FORGETS
+    if b"savepoint" in lower or b"release" in lower or b"rollback" in lower:
+        found |= BY_HAND
     if any(word in lower for word in _WORDS) and ends_transaction(text):
         found |= ENDS
     if _DML.match(lower.lstrip()) and b";" not in lower:
@@ -75,6 +77,8 @@ def traits_of_text(query: str | bytes) -> int:
 def rides(text: bytes) -> bool:
     """Whether `text`, in lower case, is a single command and no COPY, which no pipeline takes."""
     first, over, at = True, False, 0
+    if b"\\" in text:  # what it means depends on standard_conforming_strings
+        return False
     if b";" not in text and text[:1].isalpha():
         return not text.startswith(b"copy")
     while (token := _TOKEN.search(text, at)) is not None:

@@ -15,6 +15,7 @@ from .._backends import Expired, Job
 from .._backends._lock import Lock
 from .._shield import Shield
 from ._losing import Losing
+from ._riding import leave_pipeline_mode, rest_gen
 from ._statements import ending_statement, name_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ class StatementStopping(Losing[Row]):
             await self._finish_ending(shield, interruption, cursor)
             return
         name = name_of(gen)
-        if name == "notifies" or (self.pgconn.transaction_status != ACTIVE and not self._pipeline):
+        if not self._pipeline:
+            leave_pipeline_mode(self.pgconn)  # a statement that rides: nothing was sent yet
+        asked = self.pgconn.transaction_status == ACTIVE or self.pgconn.pipeline_status
+        if name == "notifies" or not asked:
             # Nothing was asked of the server. In a pipeline that can't be told:
             # commands, the Sync above all, may still be queued here.
             self._channel.abandon()
@@ -110,7 +114,11 @@ class StatementStopping(Losing[Row]):
 
         :param interrupted: the generator's name.
         """
-        if self.closed or self._pipeline or self.pgconn.transaction_status != ACTIVE:
+        if self.closed or self._pipeline:
+            return None
+        if self.pgconn.pipeline_status:
+            return rest_gen(self.pgconn)
+        if self.pgconn.transaction_status != ACTIVE:
             return None
         return self._end_copy_gen() if interrupted == "_start_copy_gen" else self._drain_gen()
 

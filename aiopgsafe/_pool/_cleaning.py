@@ -47,7 +47,8 @@ async def _clean(
         await conn._settle_at_close()  # its callbacks
         return
     status = conn.pgconn.transaction_status
-    if conn.lock.locked() or status == Status.ACTIVE or conn._pipeline is not None:
+    piped = conn._pipeline is not None or conn.pgconn.pipeline_status
+    if conn.lock.locked() or status == Status.ACTIVE or piped:
         # Another task waits on it, or a stream() or COPY was left in the middle.
         conn._drop("it was given back to its pool during an operation")
         return

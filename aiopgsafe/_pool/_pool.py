@@ -214,6 +214,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             or conn._unit is not None
             or self._reset is not None
             or conn.lock.locked()
+            or conn.pgconn.pipeline_status
             or conn._pipeline is not None
             or conn._blocks
             or conn._tpc is not None

@@ -42,8 +42,9 @@ ANSWER_TIMEOUT = 5.0
 
 OUTCOME = {
     "the transaction's number": "select pg_current_xact_id_if_assigned(), pg_xact_status('3')",
+    "a place in the WAL": "select pg_logical_emit_message(false, 'aiopgsafe', '')",
     "the system's number": "select system_identifier from pg_control_system()",
-    "the timeline": "select pg_walfile_name(pg_current_wal_lsn()), pg_current_wal_insert_lsn()",
+    "the timeline": "select pg_walfile_name(pg_current_wal_lsn()), pg_current_wal_lsn()",
     "the last recovery": "select stats_reset from pg_stat_bgwriter",
 }
 """What has to be asked to find out what became of a COMMIT: see the docs, "promises"."""
@@ -254,7 +255,11 @@ async def outcomes(conn: AsyncConnection[Any], *, pooled: bool) -> Finding:
 
 
 async def token_table(conn: AsyncConnection[Any]) -> Finding:
-    ((there,),) = await ask(conn, "select to_regclass('aiopgsafe_token') is not null")
+    query = (
+        "select exists (select from pg_class join pg_namespace n on n.oid = relnamespace"
+        " where nspname = 'aiopgsafe' and relname = 'token')"
+    )
+    ((there,),) = await ask(conn, query)
     found = "there" if there else "not there; only commit_token=True needs it"
     return Finding("table of tokens", found)
 

@@ -10,7 +10,8 @@ from .. import AsyncConnection
 from .running import OK, run
 
 CREATE = b"""
-    create table if not exists aiopgsafe_token (
+    create schema if not exists aiopgsafe;
+    create table if not exists aiopgsafe.token (
         token uuid primary key,
         resolved boolean not null default false,
         created timestamptz not null default now()
@@ -18,8 +19,8 @@ CREATE = b"""
 """
 
 PRUNE = b"""
-    delete from aiopgsafe_token where token in (
-        select token from aiopgsafe_token
+    delete from aiopgsafe.token where token in (
+        select token from aiopgsafe.token
         where created < now() - make_interval(secs => %s)
         limit %s for update skip locked
     )
@@ -42,7 +43,7 @@ def prune_tokens(dsn: str, older_than: float, loop: str) -> int:
 async def _create(dsn: str) -> int:
     async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
         await conn.execute(CREATE)
-    typer.echo("table aiopgsafe_token is there")
+    typer.echo("table aiopgsafe.token is there")
     return OK
 
 
