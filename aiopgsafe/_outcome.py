@@ -46,7 +46,7 @@ class TransactionState(Enum):
     COMMITTING = "committing"
     """COMMIT has been sent, the answer is not there yet."""
     COMMITTED = "committed"
-    """The server said that it is committed."""
+    """The server said that it is committed; or nothing was executed, so nobody was asked."""
     ROLLED_BACK = "rolled back"
     """Nothing of it is or will be committed."""
     UNKNOWN = "unknown"

@@ -66,7 +66,7 @@ class Unit:
         self._lsn = ""
 
     def number(self, origin: Origin, xid: int, lsn: str) -> None:
-        """Note the transaction's number, and where the WAL ended when it was read."""
+        """Note the transaction's number, and a position in the WAL behind it."""
         self._origin, self.xid, self._lsn = origin, xid, lsn
 
     @property
