@@ -190,7 +190,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """The row that a transaction inserts with its COMMIT, in the table of `aiopgsafe tokens create`."""
+    """The row that a transaction inserts with its COMMIT: see `aiopgsafe tokens create`."""
 
     token: str
     xid: None = None
