@@ -26,6 +26,7 @@ import uvloop
 
 from aiopgsafe.testing import TemporaryServer
 from benchmarks import connections, notifying, outcomes, pools, transactions
+from benchmarks.distance import distant
 from benchmarks.turns import TURN, measure, print_row
 
 
@@ -34,11 +35,7 @@ async def report(loop: str, dsn: str, turns: int) -> None:
         for title, workload in (await connections.workloads(dsn, stack)).items():
             await measure(workload, 10)  # caches, prepared statements
             print_row(loop, title, await measure(workload, turns))
-    async with AsyncExitStack() as stack:
-        some = await transactions.clients(dsn, stack)
-        for title, workload in transactions.workloads(some).items():
-            await measure(workload, 10)
-            print_row(loop, title, await measure(workload, turns))
+    await report_transactions(loop, dsn, turns)
     async with AsyncExitStack() as stack:
         clients = await pools.pools(dsn, stack)
         workload = pools.acquiring(clients)
@@ -48,6 +45,14 @@ async def report(loop: str, dsn: str, turns: int) -> None:
         print_row(loop, f"{pools.TASKS:,} tasks on {pools.SIZE}", costs)
         print_row(loop, "  p99 of their waits", waits, "ms")
     await report_notifying(loop, dsn, turns)
+
+
+async def report_transactions(loop: str, dsn: str, turns: int, where: str = "") -> None:
+    async with AsyncExitStack() as stack:
+        clients = await transactions.clients(dsn, stack)
+        for title, workload in transactions.workloads(clients).items():
+            await measure(workload, 1 + turns // 30)
+            print_row(loop, title + where, await measure(workload, turns))
 
 
 async def report_notifying(loop: str, dsn: str, turns: int) -> None:
@@ -93,6 +98,8 @@ def main() -> None:
         dsn = server.socket_dsn if options.unix else server.dsn
         for loop in ("asyncio", "uvloop"):
             run_on(loop, report, dsn, options.turns)
+            with distant(dsn) as far:
+                run_on(loop, report_transactions, far, max(1, options.turns // 30), ", 1 ms away")
         run_on("trio", report_notifying, dsn, options.turns)
     durable: dict[str, str | int | bool] = {
         "synchronous_commit": "on",

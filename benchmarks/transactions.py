@@ -14,10 +14,7 @@ from benchmarks.turns import Operation, Workload
 
 
 class Client(NamedTuple):
-    """How each client takes a connection, begins a transaction on it, and inserts.
-
-    :ivar nested: begins one inside it.
-    """
+    """How each client takes a connection, begins a transaction on it, and inserts."""
 
     connection: Callable[[], AbstractAsyncContextManager[Any]]
     transaction: Callable[[Any], AbstractAsyncContextManager[Any]]

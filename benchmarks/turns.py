@@ -34,5 +34,5 @@ def print_row(loop: str, title: str, figures: dict[str, float], unit: str = "µs
     ours = figures["aiopgsafe"]
     cells = [f"{name} {figure:6.1f} {unit}" for name, figure in figures.items()]
     ratios = [f"{figure / ours:.3f} {name}" for name, figure in figures.items() if figure != ours]
-    print(f"{loop:8} {title:24} {', '.join(cells)}")
-    print(f"{'':33} the others' to ours: {', '.join(ratios)}")
+    print(f"{loop:8} {title:32} {', '.join(cells)}")
+    print(f"{'':41} the others' to ours: {', '.join(ratios)}")
