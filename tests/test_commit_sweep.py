@@ -116,6 +116,7 @@ async def test_nothing_disagrees_wherever_the_transaction_is_cancelled(
     figures(points=points, held_back_in_commit=in_commit, failures=0)
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize(("loop_name", "how"), sweeps())
 async def test_a_commit_that_is_never_answered_is_asked_for(
     proxy: FaultProxy, dsn: str, how: Any, figures: Figures
