@@ -167,7 +167,7 @@ async def test_an_operation_cancelled_anywhere_leaves_nothing_behind(
         assert not conn.lock.locked(), at
         wait_until_nothing_runs(admin, at)
         if conn._tpc:
-            await end_two_phases(conn)
+            await conn.tpc_rollback()  # whichever phase it was cancelled in
         else:
             await conn.rollback()
         await conn.set_autocommit(True)
@@ -210,15 +210,6 @@ async def test_connect_cancelled_anywhere_leaves_no_socket(
     while admin.execute(sessions).fetchone() != (1,):
         assert monotonic() < deadline
     figures(operation="connect, close", points=points, failures=0)
-
-
-async def end_two_phases(conn: AsyncConnection[Any]) -> None:
-    """Which phase it was cancelled in is in doubt: as psycopg's users have to, try both."""
-    try:
-        await conn.tpc_rollback()
-    except psycopg.errors.UndefinedObject:
-        conn._tpc = None
-        await conn.rollback()
 
 
 async def test_a_pipeline_cancelled_while_another_task_waits_for_the_connection_ends(

@@ -338,11 +338,8 @@ async def test_two_phase_transactions_are_refused_where_they_make_no_sense(s: Sc
     await s.conn.tpc_begin("x")
     with s.fails():
         await s.conn.execute("select 1/0")
-    with s.fails():
-        await s.conn.tpc_prepare()
     s.status()
-    with s.fails():
-        await s.conn.tpc_rollback()
+    await s.conn.tpc_rollback()
     s.status()
 
 
@@ -394,3 +391,48 @@ async def test_a_block_that_was_committed_by_a_statement_inside_does_not_know(
     assert tx.state is TransactionState.UNKNOWN
     assert not conn.closed
     assert conn.info.transaction_status is TransactionStatus.IDLE
+
+
+@pytest_anyio
+@pytest.mark.parametrize("why", ["failed before", "temporary table", "identifier", "timeout"])
+async def test_a_transaction_that_could_not_be_prepared_is_rolled_back_and_known_to_be(
+    conn: AsyncConnection[Any], why: str
+) -> None:
+    for ending in ("tpc_rollback", "tpc_commit"):
+        # A timeout, or a cancel, that hits it while it is parsed: the transaction is still there.
+        await conn.tpc_begin("x" * {"identifier": 300, "timeout": 20_000_000}.get(why, 1))
+        if why == "failed before":
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                await conn.execute("select 1/0")
+            expected: type[Exception] = CommitRolledBack
+        elif why == "temporary table":
+            await conn.execute("create temporary table temporary (i int)")
+            expected = psycopg.NotSupportedError
+        elif why == "identifier":
+            expected = psycopg.errors.InvalidParameterValue
+        else:
+            await conn.execute("set local statement_timeout to 1")
+            expected = psycopg.errors.QueryCanceled
+        with pytest.raises(expected):
+            await conn.tpc_prepare()
+        status = TransactionStatus.INERROR if why == "timeout" else TransactionStatus.IDLE
+        assert conn.info.transaction_status is status
+        if ending == "tpc_rollback":
+            await conn.tpc_rollback()
+        else:
+            with pytest.raises(CommitRolledBack):
+                await conn.tpc_commit()
+        assert not await conn.tpc_recover()
+        await conn.rollback()
+
+
+@pytest_anyio
+async def test_a_two_phase_transaction_that_a_statement_has_ended_does_not_know(
+    conn: AsyncConnection[Any],
+) -> None:
+    await conn.tpc_begin("x")
+    await conn.execute("commit")
+    with pytest.raises(CommitUnknown):
+        await conn.tpc_commit()
+    await conn.execute("select 1")
+    await conn.commit()

@@ -13,6 +13,7 @@ from psycopg import IsolationLevel, errors, generators, pq
 from psycopg.rows import Row
 
 from .._backends import Backend
+from .._errors import CommitRolledBack
 from .._outcome import TransactionState, check_tag, ended_by_statement
 from .._unit import Unit
 from ._riding import POSITION_QUERY, Riding, check, collect_gen, leave_pipeline_mode
@@ -293,11 +294,32 @@ class EndingGenerators(Riding[Row]):
                 "can't start two-phase transaction: the connection is in a transaction"
             )
         yield from super()._tpc_begin_gen(xid)
+        self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
+
+    def _tpc_prepare_gen(self) -> PQGen[None]:
+        """psycopg's. Refused, or cancelled in time, nothing is prepared: `_tpc` says so."""
+        before, failed = self._tpc, self._failed
+        try:
+            yield from super()._tpc_prepare_gen()
+            if failed:  # answered with the tag ROLLBACK, and no error
+                raise CommitRolledBack(
+                    "the transaction can't be prepared: a statement of it had failed before,"
+                    " it is rolled back"
+                )
+        except psycopg.Error:
+            if self.pgconn.status == OK:
+                self._tpc = before
+            raise
 
     def _tpc_commit_gen(self, unit: Unit, xid: Xid | str | None) -> PQGen[bool]:
         if self._tpc and xid is None and not self._tpc[1]:
             self._check_connection_ok()
             self._tpc = None
+            if self.pgconn.transaction_status == IDLE:  # COMMIT would be answered COMMIT
+                if unit.state is not TransactionState.ACTIVE:
+                    raise ended_by_statement()
+                unit.advance(TransactionState.COMMITTING)
+                raise CommitRolledBack("the transaction could not be prepared: it is rolled back")
             return (yield from self._send_commit_gen(unit))
         if (xid is None) == (self._tpc is None):  # psycopg refuses before it sends
             yield from self._tpc_finish_gen("COMMIT", xid)
