@@ -14,7 +14,15 @@ import psycopg
 from . import _outcome
 from ._backends import Expired
 from ._errors import brief
-from ._outcome import TransactionState, Verdict, unknown, verdict_of_error
+from ._outcome import (
+    ACTIVE,
+    COMMITTING,
+    ROLLED_BACK,
+    UNKNOWN,
+    Verdict,
+    unknown,
+    verdict_of_error,
+)
 from ._session import Session
 from ._shield import GATE, INSIST_GRACE, Shield
 from ._unit import Callback, Unit
@@ -38,11 +46,6 @@ logger = logging.getLogger("aiopgsafe")
 
 T = TypeVar("T")
 
-ACTIVE = TransactionState.ACTIVE
-COMMITTING = TransactionState.COMMITTING
-COMMITTED = TransactionState.COMMITTED
-ROLLED_BACK = TransactionState.ROLLED_BACK
-UNKNOWN = TransactionState.UNKNOWN
 
 ROLLBACK_ATTEMPTS = 20
 """After which the session is given up: somebody cancels whatever it does."""
@@ -292,7 +295,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
         until = monotonic() + session.commit_timeout
         try:
             sent = await run(session, section.shield, gen)
-            verdict = _outcome.COMMITTED
+            verdict = _outcome.IS_COMMITTED
         except Expired:
             sent = True
             verdict = unknown(None, _no_answer_in_time(session, section.shield))

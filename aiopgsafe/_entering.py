@@ -11,7 +11,7 @@ from psycopg.rows import Row
 from ._backends import Expired
 from ._ending import no_answer, roll_back, run
 from ._errors import mark_retry
-from ._outcome import TransactionState
+from ._outcome import ACTIVE, COMMITTING, PENDING, ROLLED_BACK, UNKNOWN, TransactionState
 from ._session import Session
 from ._shield import Shield
 from ._unit import Unit
@@ -24,12 +24,6 @@ __all__ = ["Entering"]
 OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
-
-PENDING = TransactionState.PENDING
-ACTIVE = TransactionState.ACTIVE
-COMMITTING = TransactionState.COMMITTING
-ROLLED_BACK = TransactionState.ROLLED_BACK
-UNKNOWN = TransactionState.UNKNOWN
 
 
 class Entering(psycopg.AsyncTransaction, Generic[Row]):

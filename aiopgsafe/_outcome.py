@@ -23,7 +23,13 @@ import psycopg
 from ._errors import CommitRolledBack, CommitUnknown, mark_retry
 
 __all__ = [
+    "ACTIVE",
     "COMMITTED",
+    "COMMITTING",
+    "IS_COMMITTED",
+    "PENDING",
+    "ROLLED_BACK",
+    "UNKNOWN",
     "TransactionState",
     "Verdict",
     "check_tag",
@@ -56,6 +62,9 @@ class TransactionState(Enum):
     __hash__ = object.__hash__
 
 
+PENDING, ACTIVE, COMMITTING, COMMITTED, ROLLED_BACK, UNKNOWN = TransactionState
+
+
 class Verdict(NamedTuple):
     """The outcome of a COMMIT, and the exception that says so if it isn't committed."""
 
@@ -80,15 +89,15 @@ def verdict_of_error(error: Exception, *, prepared: bool = False) -> Verdict:
     :param prepared: it was COMMIT PREPARED: refused, the transaction is still there.
     """
     if prepared and _is_answer(error):
-        return Verdict(TransactionState.UNKNOWN, error)
+        return Verdict(UNKNOWN, error)
     if isinstance(error, CommitUnknown):
-        return Verdict(TransactionState.UNKNOWN, error)
+        return Verdict(UNKNOWN, error)
     if isinstance(error, CommitRolledBack) or _is_answer(error):
-        return Verdict(TransactionState.ROLLED_BACK, error)
+        return Verdict(ROLLED_BACK, error)
     return unknown(error, "the connection was lost while COMMIT was in flight")
 
 
-COMMITTED = Verdict(TransactionState.COMMITTED)
+IS_COMMITTED = Verdict(COMMITTED)
 
 
 def ended_by_statement() -> CommitUnknown:
@@ -103,15 +112,15 @@ def unknown(cause: Exception | None, what: str) -> Verdict:
     reason = f" ({cause})" if cause is not None else ""
     error = CommitUnknown(f"{what}{reason}: the transaction may be committed or rolled back")
     error.__cause__ = cause
-    return Verdict(TransactionState.UNKNOWN, error)
+    return Verdict(UNKNOWN, error)
 
 
 def looked_up(verdict: Verdict, state: TransactionState, xid: int | None, what: str) -> Verdict:
     """The outcome after the server was asked for it, `verdict` having been UNKNOWN."""
     lost = verdict.error
-    if state is TransactionState.COMMITTED:
-        return COMMITTED
-    if state is TransactionState.ROLLED_BACK:
+    if state is COMMITTED:
+        return IS_COMMITTED
+    if state is ROLLED_BACK:
         error = lost.__cause__ if lost is not None else None
         if not isinstance(error, psycopg.OperationalError):
             error = psycopg.OperationalError(str(lost).partition(":")[0])

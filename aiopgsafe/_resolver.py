@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
-from ._outcome import TransactionState
+from ._outcome import COMMITTED, ROLLED_BACK, UNKNOWN, TransactionState
 
 __all__ = [
     "ASK",
@@ -45,12 +45,6 @@ __all__ = [
     "judge",
     "parse_ticket",
 ]
-
-COMMITTED, ROLLED_BACK, UNKNOWN = (
-    TransactionState.COMMITTED,
-    TransactionState.ROLLED_BACK,
-    TransactionState.UNKNOWN,
-)
 
 HISTORY = """
     select (select system_identifier::text from pg_catalog.pg_control_system()),
@@ -71,9 +65,9 @@ columns of the history tell that from a crash, after which recovery has ended fu
 """
 
 POSITION = """
-    select pg_catalog.pg_current_xact_id_if_assigned()::text,
+    select pg_catalog.pg_current_xact_id_if_assigned(),
         case when pg_catalog.pg_current_xact_id_if_assigned() is not null
-        then pg_catalog.pg_logical_emit_message(true, 'aiopgsafe', '')::text end
+        then pg_catalog.pg_logical_emit_message(true, 'aiopgsafe', '') end
 """
 """Behind a statement that writes: the transaction's number, and a position behind it in the WAL.
 

@@ -15,7 +15,14 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 from ._backends import Expired
 from ._ending import Section, commit, no_answer, roll_back, run
 from ._entering import Entering
-from ._outcome import TransactionState, ended_by_statement
+from ._outcome import (
+    ACTIVE,
+    COMMITTED,
+    ROLLED_BACK,
+    UNKNOWN,
+    TransactionState,
+    ended_by_statement,
+)
 from ._shield import Shield
 from ._unit import Callback
 
@@ -28,12 +35,6 @@ OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 
-PENDING = TransactionState.PENDING
-ACTIVE = TransactionState.ACTIVE
-COMMITTING = TransactionState.COMMITTING
-COMMITTED = TransactionState.COMMITTED
-ROLLED_BACK = TransactionState.ROLLED_BACK
-UNKNOWN = TransactionState.UNKNOWN
 
 CursorRow = TypeVar("CursorRow")
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ._outcome import TransactionState
+from ._outcome import (
+    ACTIVE,
+    COMMITTED,
+    COMMITTING,
+    PENDING,
+    ROLLED_BACK,
+    UNKNOWN,
+    TransactionState,
+)
 from ._resolver import Origin, Ticket, Token
 
 __all__ = ["TRANSITIONS", "Callback", "Unit"]
 
-PENDING = TransactionState.PENDING
-ACTIVE = TransactionState.ACTIVE
-COMMITTING = TransactionState.COMMITTING
-COMMITTED = TransactionState.COMMITTED
-ROLLED_BACK = TransactionState.ROLLED_BACK
-UNKNOWN = TransactionState.UNKNOWN
 
 TRANSITIONS: dict[TransactionState, tuple[TransactionState, ...]] = {
     # ROLLED_BACK: BEGIN failed, or was undone.
@@ -45,7 +47,7 @@ class Unit:
     belongs to the connection and is settled by its `commit()` or `rollback()`.
     """
 
-    __slots__ = ("_lsn", "_origin", "callbacks", "give_back", "prepared", "state", "token", "xid")
+    __slots__ = ("_lsn", "_origin", "_xid", "callbacks", "give_back", "prepared", "state", "token")
 
     def __init__(self, state: TransactionState = PENDING, with_token: bool = False) -> None:
         self.state = state
@@ -58,25 +60,35 @@ class Unit:
         self.prepared = False
         """In two phases, and through the first: it outlives its session."""
         self.callbacks: list[Callback] = []
-        self.xid: int | None = None
-        """The transaction's number, as soon as it is known."""
         self.token: Token | None = Token.new() if with_token else None
         """Goes with COMMIT, if it is wanted."""
         self._origin: Origin | None = None
-        self._lsn = ""
+        self._xid = self._lsn = b""
 
-    def number(self, origin: Origin, xid: int, lsn: str) -> None:
-        """Note the transaction's number, and a position in the WAL behind it."""
-        self._origin, self.xid, self._lsn = origin, xid, lsn
+    def number(self, origin: Origin, xid: bytes, lsn: bytes) -> None:
+        """Note the transaction's number, and a position in the WAL behind it, as they came.
+
+        Hardly any is ever read: only where a COMMIT is lost.
+        """
+        self._origin, self._xid, self._lsn = origin, xid, lsn
+
+    @property
+    def numbered(self) -> bool:
+        return self._origin is not None
+
+    @property
+    def xid(self) -> int | None:
+        """The transaction's number, as soon as it is known."""
+        return int(self._xid) if self._xid else None
 
     @property
     def ticket(self) -> Ticket | Token | None:
         """What it takes to ask for the outcome; None while it couldn't be asked for."""
         if self.token is not None:
             return self.token
-        if self._origin is None or self.xid is None:
+        if self._origin is None:
             return None
-        return Ticket(self.xid, self._lsn, self._origin)
+        return Ticket(int(self._xid), self._lsn.decode(), self._origin)
 
     def advance(self, state: TransactionState) -> None:
         if state not in TRANSITIONS[self.state]:

@@ -120,7 +120,7 @@ class AsyncConnection(Endings[Row]):
         self._reads_only = False
         self._begin_waits = None
         self._queue = []
-        self._may_ride = 0
+        self._rider = None
         self._unbegun = self._by_hand = False
         self._rides = RIDES
         self._notifies_listening: deque[Notify] | None = None

@@ -13,21 +13,16 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
-from ._riding import (
-    HISTORY_QUERY,
-    POSITION_QUERY,
-    check,
-    collect_gen,
-    leave_pipeline_mode,
-    rest_gen,
-)
-from ._statements import ENDS, NOTED, traits
+from ._riding import POSITION_QUERY
+from ._statements import ENDS, NOTED, WRITES, traits_of_text
+from ._together import check, collect_gen, leave_pipeline_mode, rest_gen
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
     from psycopg.abc import Params, PQGen, Query
 
     from .._session import Session
+    from .._unit import Unit
 
 __all__ = ["AsyncCursor", "AsyncServerCursor"]
 
@@ -39,7 +34,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     """psycopg's. BEGIN and the like ride on what it executes (`_riding`)."""
 
     __module__ = "aiopgsafe"
-    __slots__ = ()
+    __slots__ = ("_traits",)
 
     async def execute(
         self,
@@ -51,26 +46,24 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     ) -> Self:
         """Execute a query, as `psycopg.AsyncCursor.execute()` does."""
         conn: Any = self._conn
-        found = traits(query, self)
-        if found & NOTED:
-            conn._note(found)
         # Not `async with`: two coroutines less, at each statement.
         lock: Lock = conn.lock
         if not lock.try_acquire():
             await lock.acquire()
+        conn._rider = self
+        self._traits = 0
         try:
-            conn._may_ride = found & conn._rides
             await conn._drive(self._execute_gen(query, params, prepare=prepare, binary=binary))
         except BaseException as exc:
-            conn._may_ride = 0
-            if found & ENDS:
+            if self._traits & ENDS:
                 conn._ended_by_statement(exc)
             if isinstance(exc, errors._NO_TRACEBACK):
                 raise exc.with_traceback(None)  # noqa: B904
             raise
         finally:
+            conn._rider = None
             lock.release()
-        if found & ENDS:
+        if self._traits & ENDS:
             conn._ended_by_statement(None)
         return self
 
@@ -79,34 +72,32 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     ) -> PQGen[None]:
         """psycopg's. BEGIN and SAVEPOINT ride before the statement, the number behind it."""
         conn: Any = self._conn
-        may_ride, conn._may_ride = conn._may_ride, 0
-        queued = may_ride and conn._queued and not conn._pipeline
-        if queued and conn._asks() and not conn._will_ask():
-            yield from conn._flush_gen()
-            queued = False
-        unit = conn._unnumbered(pgq.query)
-        if unit is None and not queued:
-            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-            return
+        self._traits = found = traits_of_text(pgq.query)
+        if found & NOTED:
+            conn._note(found)
+        if conn._pipeline is None:
+            if conn._queued and not (found & conn._rides and conn._may_ride()):
+                yield from conn._flush_gen()
+            unit = conn._unnumbered() if found & WRITES else None
+            if unit is not None or conn._queued:
+                yield from self._together_gen(pgq, unit, prepare, binary)
+                return
+        yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+
+    def _together_gen(
+        self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None
+    ) -> PQGen[None]:
+        """The statement, and what rides on it: results come for `before`, `ours`, the number."""
+        conn: Any = self._conn
         pgconn = self._pgconn
         prep, name = self._get_prepared(pgq, prepare)
-        asks = queued and conn._asks()
-        before = 0
+        asks = conn._asks()
         try:
             pgconn.enter_pipeline_mode()
             if asks:
-                pgconn.send_query_params(HISTORY_QUERY, None)
-                pgconn.pipeline_sync()  # it may fail, and BEGIN not with it
-            if queued:
-                for command in conn._take_queue():
-                    before += conn._send(command, before)
-            ours = 1 if prep is not Prepare.SHOULD else 2
-            if prep is Prepare.NO:
-                self._execute_send(pgq, binary=binary, force_extended=True)
-            else:
-                if prep is Prepare.SHOULD:
-                    self._send_prepare(name, pgq)
-                self._send_query_prepared(name, pgq, binary=binary)
+                conn._send_history()
+            before = conn._send_queue()
+            ours = self._send_own(pgq, prep, name, binary)
             if unit is not None:
                 conn._send(POSITION_QUERY, before + ours)
             pgconn.pipeline_sync()
@@ -136,6 +127,16 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         check(results, pgconn)
         self._check_results(own)
         self._set_results(own)
+
+    def _send_own(self, pgq: PostgresQuery, prep: Prepare, name: bytes, binary: bool | None) -> int:
+        """The statement itself. How many results come: two if it is prepared only now."""
+        if prep is Prepare.NO:
+            self._execute_send(pgq, binary=binary, force_extended=True)
+            return 1
+        if prep is Prepare.SHOULD:
+            self._send_prepare(name, pgq)
+        self._send_query_prepared(name, pgq, binary=binary)
+        return 2 if prep is Prepare.SHOULD else 1
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

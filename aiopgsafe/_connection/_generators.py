@@ -5,31 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from math import inf
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import IsolationLevel, errors, generators, pq
 from psycopg.rows import Row
 
-from .._backends import Backend
 from .._errors import CommitRolledBack
 from .._outcome import TransactionState, check_tag, ended_by_statement
 from .._unit import Unit
-from ._riding import POSITION_QUERY, Riding, check, collect_gen, leave_pipeline_mode
+from ._riding import POSITION_QUERY, Riding
+from ._together import check, collect_gen, leave_pipeline_mode
 
 if TYPE_CHECKING:
     from psycopg import Xid
     from psycopg.abc import PQGen
-    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.pq.abc import PGresult
 
     from .._transaction import Transaction
 
 logger = logging.getLogger("aiopgsafe")
 
 NO_TIMEOUT = b"SET LOCAL statement_timeout TO 0"
-MAX_TIMEOUT = 86_400.0
-"""Seconds after which a deadline is none: PostgreSQL's limit is 24 days."""
 
 OK = pq.ConnStatus.OK
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
@@ -42,12 +39,7 @@ INERROR = pq.TransactionStatus.INERROR
 class EndingGenerators(Riding[Row]):
     """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
 
-    cancel_timeout: float
-    send_deadline: bool
     commit_token: bool
-    _backend: Backend
-    _statement_timeout: float | None
-    _limited: bool  # whether COMMIT has a timeout to be rid of
 
     # psycopg refuses commit(), set_autocommit() ... inside a block by its count.
 
@@ -84,7 +76,7 @@ class EndingGenerators(Riding[Row]):
             elif not self._autocommit:
                 self._begin_waits = b""
                 self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
-        if self._queued and (not self._may_ride or self._pipeline):
+        if self._queued and (self._rider is None or self._pipeline):
             yield from self._flush_gen()
 
     def _check_begun(self) -> None:
@@ -115,35 +107,10 @@ class EndingGenerators(Riding[Row]):
             unit.advance(TransactionState.UNKNOWN)
             unit.take()
 
-    def _time_left(self) -> float:
-        """For the server; asked for in the task, before its generator waits elsewhere."""
-        if not self.send_deadline:
-            return inf
-        # The client's own cancellation comes first: this one is for a client that died.
-        left = self._backend.time_left() + self.cancel_timeout
-        limit = self._statement_timeout or MAX_TIMEOUT
-        return left if left < limit else inf
-
-    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
-        begin = begin or self._get_tx_start_command()
-        self._limited = self._statement_timeout is not None or time_left < inf
-        return [begin, set_timeout(time_left)] if time_left < inf else [begin]
-
     def _sync_gen(self) -> PQGen[None]:
         self._check_connection_ok()
         if self._pipeline:
             yield from self._pipeline._sync_gen()
-
-    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        self._check_connection_ok()
-        if self._pipeline:
-            return (yield from self._pipelined_gen(commands))[-1]
-        # The simple protocol: poolers know it, and it takes several commands at once.
-        self.pgconn.send_query(b";".join(commands))
-        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
-        if result.status != COMMAND_OK:
-            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
-        return result
 
     def _ping_gen(self) -> PQGen[None]:
         """An empty query, which begins no transaction."""
@@ -152,30 +119,6 @@ class EndingGenerators(Riding[Row]):
         result: PGresult = (yield from generators.execute(self.pgconn))[-1]
         if result.status != EMPTY_QUERY:
             raise errors.error_from_result(result, encoding=self.pgconn._encoding)
-
-    def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[list[PGresult]]:
-        """Send commands in pipeline mode and have their results at once.
-
-        psycopg checks the results of its own commands and drops them. Ours goes
-        through the queue in the place of a cursor that keeps it. An error of an
-        earlier statement of the pipeline aborts everything up to the next Sync:
-        it has been raised where its Sync was awaited, or is raised here.
-        """
-        pipeline = self._pipeline
-        assert pipeline is not None
-        while pipeline.result_queue or pipeline.command_queue:
-            try:
-                yield from pipeline._sync_gen()
-            except psycopg.Error as exc:
-                if self.pgconn.status != OK:
-                    raise
-                logger.debug("earlier error in pipeline on %s: %s", self, exc)
-        kept = _KeptResults(self.pgconn)
-        for command in commands:
-            pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
-            pipeline.result_queue.append(cast("Any", (kept, None)))
-        yield from pipeline._sync_gen()
-        return kept.results
 
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         self._queue.clear()  # RELEASE
@@ -192,7 +135,7 @@ class EndingGenerators(Riding[Row]):
             # A timeout cancels even the wait for synchronous replication: committed
             # here, and not there.
             commands.insert(0, NO_TIMEOUT)
-        unnumbered = unit.xid is None and unit.token is None and not self._reads_only
+        unnumbered = not unit.numbered and unit.token is None and not self._reads_only
         if lives and self._origin and unnumbered:
             result = yield from self._numbered_commit_gen(unit, commands)
         else:
@@ -359,28 +302,6 @@ class EndingGenerators(Riding[Row]):
     def _forget_prepared_gen(self) -> PQGen[None]:
         self._prepared.clear()
         yield from self._prepared.maintain_gen(self)
-
-
-class _KeptResults:
-    """Stands in a pipeline's queue for a cursor: keeps the results instead of showing them."""
-
-    def __init__(self, pgconn: PGconn) -> None:
-        self._pgconn = pgconn
-        self.results: list[PGresult] = []
-
-    def _check_results(self, results: Sequence[PGresult]) -> None:
-        (result,) = results
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise errors.error_from_result(result, encoding=self._pgconn._encoding)
-        if result.status == pq.ExecStatus.PIPELINE_ABORTED:
-            raise errors.PipelineAborted("pipeline aborted")
-
-    def _set_results(self, results: Sequence[PGresult]) -> None:
-        self.results += results
-
-
-def set_timeout(seconds: float) -> bytes:
-    return b"SET LOCAL statement_timeout TO %d" % max(1, seconds * 1000)
 
 
 def isolation(level: IsolationLevel | int) -> IsolationLevel:

@@ -16,21 +16,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 from psycopg import ConnectionInfo, errors, generators, pq
 from psycopg.rows import Row
 
+from .._backends import Backend
 from .._resolver import HISTORY, POSITION, Origin
-from ._statements import WRITES, traits_of_text
+from ._together import KeptResults, check, together_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
-    from psycopg.pq.abc import PGconn, PGresult
+    from psycopg.pq.abc import PGresult
 
     from .._transaction import Transaction
     from .._unit import Unit
+    from ._cursor import AsyncCursor
+    from ._together import Results
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -40,15 +44,11 @@ COMMAND_OK = pq.ExecStatus.COMMAND_OK
 SQLSTATE = pq.DiagnosticField.SQLSTATE
 QUERY_CANCELED = b"57014"
 UNDEFINED_NAME = b"26000"
-SYNC = pq.ExecStatus.PIPELINE_SYNC
-ABORTED = pq.ExecStatus.PIPELINE_ABORTED
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 TUPLES_OK = pq.ExecStatus.TUPLES_OK
 
 HISTORY_QUERY = " ".join(HISTORY.split()).encode()
 POSITION_QUERY = POSITION.encode()
-
-Results = list["PGresult"]
 
 
 class Riding(psycopg.AsyncConnection[Row]):
@@ -61,12 +61,18 @@ class Riding(psycopg.AsyncConnection[Row]):
     :ivar _begin_waits: the BEGIN that goes before the next statement; empty: as the
         connection's attributes say.
     :ivar _queue: SAVEPOINT and RELEASE that go there, behind it.
-    :ivar _may_ride: whether the statement that begins may have them in its pipeline.
+    :ivar _rider: the cursor whose statement begins, and may have them in its pipeline.
     """
+
+    cancel_timeout: float
+    send_deadline: bool
+    _backend: Backend
+    _statement_timeout: float | None
+    _limited: bool  # whether COMMIT has a timeout to be rid of
 
     _begin_waits: bytes | None
     _queue: list[bytes]
-    _may_ride: int
+    _rider: AsyncCursor[Any] | None
     _unbegun: bool  # BEGIN was taken from the queue, and has not succeeded
     _by_hand: bool  # the program's own statements treat savepoints: RELEASE doesn't wait
     _rides: int  # `RIDES`, or 0: a replication connection takes simple queries only
@@ -84,15 +90,13 @@ class Riding(psycopg.AsyncConnection[Row]):
         """Of the transaction that the session is in."""
         return self._blocks[-1]._unit if self._blocks else self._unit
 
-    def _unnumbered(self, query: bytes) -> Unit | None:
-        """The transaction whose number is to be read behind this statement, if any is."""
+    def _unnumbered(self) -> Unit | None:
+        """The transaction whose number is to be read behind what writes next, if any is."""
         if (
             (self._origin or self._will_ask())
-            and self._pipeline is None
             and (unit := self._current_unit) is not None
-            and unit.xid is None
+            and not unit.numbered
             and unit.token is None
-            and traits_of_text(query) & WRITES
             and (self._begin_waits is not None or self.pgconn.transaction_status == INTRANS)
             and self._rides
         ):
@@ -109,6 +113,10 @@ class Riding(psycopg.AsyncConnection[Row]):
     @property
     def _queued(self) -> bool:
         return self._begin_waits is not None or bool(self._queue)
+
+    def _may_ride(self) -> bool:
+        """Whether BEGIN, if it waits, needs no round trip of its own to ask for the history."""
+        return not self._asks() or self._will_ask()
 
     def _take_queue(self, time_left: float | None = None) -> list[bytes]:
         """Whoever takes it sends it at once: without BEGIN statements would be on their own."""
@@ -147,6 +155,19 @@ class Riding(psycopg.AsyncConnection[Row]):
             continue
 
     # The number
+
+    def _send_queue(self) -> int:
+        """What waits, into a pipeline. How many results come."""
+        before = 0
+        if self._queued:
+            for command in self._take_queue():
+                before += self._send(command, before)
+        return before
+
+    def _send_history(self) -> None:
+        """The question for it, into a pipeline: it may fail, and BEGIN not with it."""
+        self.pgconn.send_query_params(HISTORY_QUERY, None)
+        self.pgconn.pipeline_sync()
 
     def _asks(self) -> bool:
         """Whether the history comes with the statement that begins: it is the first BEGIN."""
@@ -201,7 +222,7 @@ class Riding(psycopg.AsyncConnection[Row]):
             return
         xid, lsn = result.get_value(0, 0), result.get_value(0, 1)
         if xid is not None and lsn is not None and isinstance(self._origin, Origin):
-            unit.number(self._origin, int(xid), lsn.decode())
+            unit.number(self._origin, xid, lsn)
 
     def _begin_gen(self, commands: Sequence[bytes]) -> PQGen[None]:
         """BEGIN. The connection's first one asks for the server's history, in the same trip."""
@@ -211,8 +232,7 @@ class Riding(psycopg.AsyncConnection[Row]):
         self._check_connection_ok()
         pgconn = self.pgconn
         sends: list[Callable[[], None]] = [
-            partial(pgconn.send_query_params, HISTORY_QUERY, None),
-            pgconn.pipeline_sync,  # it may fail, and BEGIN not with it
+            self._send_history,
             *(partial(pgconn.send_query_params, command, None) for command in commands),
         ]
         history, *begun = yield from together_gen(pgconn, sends, syncs=2)
@@ -237,20 +257,62 @@ class Riding(psycopg.AsyncConnection[Row]):
         elif history.status == FATAL_ERROR:
             logger.info("outcomes of %s can't be asked for: %s", self, history.error_message)
 
-    # Of `_generators`
-
-    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
-        raise NotImplementedError
-
-    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
-        raise NotImplementedError
+    # Commands of ours
 
     def _time_left(self) -> float:
-        raise NotImplementedError
+        """For the server; asked for in the task, before its generator waits elsewhere."""
+        if not self.send_deadline:
+            return inf
+        # The client's own cancellation comes first: this one is for a client that died.
+        left = self._backend.time_left() + self.cancel_timeout
+        limit = self._statement_timeout or MAX_TIMEOUT
+        return left if left < limit else inf
+
+    def _begin_commands(self, time_left: float, begin: bytes | None = None) -> list[bytes]:
+        begin = begin or self._get_tx_start_command()
+        self._limited = self._statement_timeout is not None or time_left < inf
+        return [begin, set_timeout(time_left)] if time_left < inf else [begin]
+
+    def _commands_gen(self, commands: Sequence[bytes]) -> PQGen[PGresult]:
+        self._check_connection_ok()
+        if self._pipeline:
+            return (yield from self._pipelined_gen(commands))[-1]
+        # The simple protocol: poolers know it, and it takes several commands at once.
+        self.pgconn.send_query(b";".join(commands))
+        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != COMMAND_OK:
+            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
+        return result
+
+    def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[list[PGresult]]:
+        """Send commands in pipeline mode and have their results at once.
+
+        psycopg checks the results of its own commands and drops them. Ours goes
+        through the queue in the place of a cursor that keeps it. An error of an
+        earlier statement of the pipeline aborts everything up to the next Sync:
+        it has been raised where its Sync was awaited, or is raised here.
+        """
+        pipeline = self._pipeline
+        assert pipeline is not None
+        while pipeline.result_queue or pipeline.command_queue:
+            try:
+                yield from pipeline._sync_gen()
+            except psycopg.Error as exc:
+                if self.pgconn.status != OK:
+                    raise
+                logger.debug("earlier error in pipeline on %s: %s", self, exc)
+        kept = KeptResults(self.pgconn)
+        for command in commands:
+            pipeline.command_queue.append(partial(self.pgconn.send_query_params, command, None))
+            pipeline.result_queue.append(cast("Any", (kept, None)))
+        yield from pipeline._sync_gen()
+        return kept.results
 
 
 MAX_SERVERS = 100
 MAX_NAMES = 20
+MAX_TIMEOUT = 86_400.0
+"""Seconds after which a deadline is none: PostgreSQL's limit is 24 days."""
 
 _answering: dict[tuple[bytes, ...], bool] = {}
 """Whether outcomes can be asked for, by address, user and database.
@@ -269,78 +331,5 @@ class Info(ConnectionInfo):
         return INTRANS
 
 
-def together_gen(
-    pgconn: PGconn, sends: Sequence[Callable[[], None]], syncs: int = 1
-) -> PQGen[Results]:
-    """Send all in one pipeline; the result of each, errors too, but not of the Syncs.
-
-    :param syncs: that come back, the one at the end included.
-    """
-    try:
-        pgconn.enter_pipeline_mode()
-        for send in sends:
-            send()
-        pgconn.pipeline_sync()
-        return (yield from collect_gen(pgconn, syncs))
-    finally:
-        leave_pipeline_mode(pgconn)
-
-
-def collect_gen(
-    pgconn: PGconn, syncs: int = 1, seen: dict[int, Callable[[PGresult], None]] | None = None
-) -> PQGen[Results]:
-    """Send what is queued, and take all results up to the last Sync.
-
-    :param seen: called with the result at that place as soon as it is there: those behind
-        it may never come.
-    """
-    results: Results = []
-    try:
-        some = yield from generators.execute(pgconn)
-        while True:
-            if some and some[0].status == SYNC:
-                syncs -= 1
-                if not syncs:
-                    return results
-            else:
-                results += some
-                if seen is not None and (call := seen.get(len(results) - 1)) is not None:
-                    call(results[-1])
-            some = yield from generators.fetch_many(pgconn)
-    except psycopg.Error:
-        # A session that ends says why before its connection does.
-        check(results, pgconn)
-        raise
-
-
-def leave_pipeline_mode(pgconn: PGconn) -> None:
-    """At the end. Where an exception has hit before, `rest_gen()` takes what is left."""
-    if pgconn.pipeline_status:
-        try:
-            pgconn.exit_pipeline_mode()
-        except psycopg.Error as exc:
-            logger.debug("pipeline mode goes on: %s", exc)
-
-
-def rest_gen(pgconn: PGconn) -> PQGen[None]:
-    """Take all that is still to come of a pipeline, wherever an exception has hit, and leave it.
-
-    What was sent may have no Sync yet: ours ends it, and one too many does no harm.
-    """
-    pgconn.pipeline_sync()
-    results = yield from generators.execute(pgconn)
-    while pgconn.pipeline_status:
-        if results and results[0].status == SYNC:
-            leave_pipeline_mode(pgconn)
-            if not pgconn.pipeline_status:
-                return
-        results = yield from generators.fetch_many(pgconn)
-
-
-def check(results: Results, pgconn: PGconn) -> None:
-    """Raise the first error among results."""
-    for result in results:
-        if result.status == FATAL_ERROR:
-            raise errors.error_from_result(result, encoding=pgconn._encoding)
-        if result.status == ABORTED:
-            raise errors.PipelineAborted("pipeline aborted")
+def set_timeout(seconds: float) -> bytes:
+    return b"SET LOCAL statement_timeout TO %d" % max(1, seconds * 1000)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -76,27 +78,21 @@ def traits_of_text(query: str | bytes) -> int:
 
 def rides(text: bytes) -> bool:
     """Whether `text`, in lower case, is a single command and no COPY, which no pipeline takes."""
-    first, over, at = True, False, 0
     if b"\\" in text:  # what it means depends on standard_conforming_strings
         return False
     if b";" not in text and text[:1].isalpha():
         return not text.startswith(b"copy")
-    while (token := _TOKEN.search(text, at)) is not None:
-        at = token.end()
-        word = token.group()
-        if word == b"/*":
-            at = _end_of_comment(text, token.start())
-        elif word == b";":
-            over = True
-        elif not word.startswith(b"--"):
-            if over or (first and word == b"copy"):
-                return False
-            first = False
-    return True
+    firsts = [first.group() for first in islice(_firsts(text), 2)]
+    return len(firsts) < 2 and firsts != [b"copy"]
 
 
 def ends_transaction(text: bytes) -> bool:
     """Whether any command of `text` is COMMIT, ROLLBACK or the like."""
+    return any(_ENDING.match(text, first.start()) for first in _firsts(text))
+
+
+def _firsts(text: bytes) -> Iterator[re.Match[bytes]]:
+    """The first token of each command."""
     at, first = 0, True
     while (token := _TOKEN.search(text, at)) is not None:
         at = token.end()
@@ -106,10 +102,9 @@ def ends_transaction(text: bytes) -> bool:
         elif word == b";":
             first = True
         elif not word.startswith(b"--"):
-            if first and _ENDING.match(text, token.start()):
-                return True
+            if first:
+                yield token
             first = False
-    return False
 
 
 def _end_of_comment(text: bytes, start: int) -> int:

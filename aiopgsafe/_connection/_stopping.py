@@ -15,8 +15,8 @@ from .._backends import Expired, Job
 from .._backends._lock import Lock
 from .._shield import Shield
 from ._losing import Losing
-from ._riding import leave_pipeline_mode, rest_gen
 from ._statements import ending_statement, name_of
+from ._together import leave_pipeline_mode, rest_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, PQGenConn
