@@ -91,7 +91,8 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
 
     def _can_wait(self) -> bool:
         """Whether BEGIN, SAVEPOINT or RELEASE can ride on the next statement."""
-        return self.pgconn.transaction_status in (IDLE, INTRANS) and "\0" not in self._name
+        ready = self.pgconn.transaction_status in (IDLE, INTRANS) or self._session._undoing
+        return ready and "\0" not in self._name
 
     def _enter(self) -> None:
         """Queue BEGIN, or SAVEPOINT."""

@@ -64,6 +64,10 @@ class Session(Protocol):
         """Send what waits."""
 
     _by_hand: bool
+    _undoing: bool
+
+    def _undo_later(self, commands: Sequence[bytes]) -> bool:
+        """Let a savepoint's ROLLBACK TO wait, if it can."""
 
     def _forget_queue(self) -> None:
         """Nothing waits any more."""

@@ -266,18 +266,22 @@ class Transaction(Entering[Row]):
             if callback.owner is self:
                 callback.owner = self._outer
 
-    async def _undo_now(self, shield: Shield) -> None:
-        """On the server, as far as it knows of the block."""
+    async def _undo_on_server(self, shield: Shield, *, later: bool) -> None:
+        """As far as it knows of the block.
+
+        :param later: whether it may wait for the next statement, where nothing waits for it.
+        """
         session = self._session
         queue = session._queue
         if not self._is_savepoint and session._begin_waits is not None:
             session._forget_queue()
         elif self._is_savepoint and session._waits(self._savepoint):
             session._drop_from(self._savepoint)
-        else:
+        elif not (self._is_savepoint and later and session._undo_later(self._undo())):
             # RELEASE of blocks inside it: superfluous, unless one of them has our name.
             before = list(queue) if self._is_savepoint and self._sql("RELEASE") in queue else []
             queue.clear()
+            session._undoing = False
             await roll_back(session, shield, [*before, *self._undo()])
             if not self._is_savepoint:
                 session._forget_queue()
@@ -293,7 +297,8 @@ class Transaction(Entering[Row]):
             section.error = self._nesting_error()
             self._leave()
             if unit.state is ACTIVE:
-                await self._undo_now(section.shield)
+                later = exc is None or isinstance(exc, Exception)
+                await self._undo_on_server(section.shield, later=later)
             elif not self._is_savepoint and session._in_transaction:
                 # Begun by who has ended ours (COMMIT AND CHAIN): nobody else will end it.
                 await roll_back(session, section.shield, [b"ROLLBACK"])

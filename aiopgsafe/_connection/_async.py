@@ -121,7 +121,7 @@ class AsyncConnection(Endings[Row]):
         self._begin_waits = None
         self._queue = []
         self._rider = None
-        self._unbegun = self._by_hand = False
+        self._unbegun = self._by_hand = self._undoing = False
         self._rides = RIDES
         self._notifies_listening: deque[Notify] | None = None
 

@@ -121,6 +121,8 @@ class EndingGenerators(Riding[Row]):
             raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
+        if self._undoing:
+            yield from self._flush_gen()
         self._queue.clear()  # RELEASE
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
@@ -290,7 +292,7 @@ class EndingGenerators(Riding[Row]):
 
     @property
     def _failed(self) -> bool:
-        return self.pgconn.transaction_status == INERROR
+        return self.pgconn.transaction_status == INERROR and not self._undoing
 
     def _check_not_active(self) -> None:
         if self.pgconn.transaction_status not in (INTRANS, INERROR):

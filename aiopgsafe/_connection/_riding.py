@@ -1,6 +1,7 @@
 """What rides on the program's own statements, in one round trip with them.
 
-BEGIN, SAVEPOINT and RELEASE wait in a queue and go before the next statement. What can't be
+BEGIN, SAVEPOINT and RELEASE wait in a queue and go before the next statement, and so does
+ROLLBACK TO of a savepoint that the server has undone already. What can't be
 sent in one pipeline with them (COPY, several commands in one string, a stream, a server-side
 cursor, whatever isn't a cursor of ours) has the queue sent before it: `_flush_gen()`.
 COMMIT makes RELEASE superfluous; a block that executes nothing sends nothing.
@@ -40,6 +41,7 @@ logger = logging.getLogger("aiopgsafe")
 
 OK = pq.ConnStatus.OK
 INTRANS = pq.TransactionStatus.INTRANS
+INERROR = pq.TransactionStatus.INERROR
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
 SQLSTATE = pq.DiagnosticField.SQLSTATE
 QUERY_CANCELED = b"57014"
@@ -49,6 +51,7 @@ TUPLES_OK = pq.ExecStatus.TUPLES_OK
 
 HISTORY_QUERY = " ".join(HISTORY.split()).encode()
 POSITION_QUERY = POSITION.encode()
+DEALLOCATE = b"DEALLOCATE ALL"
 
 
 class Riding(psycopg.AsyncConnection[Row]):
@@ -73,6 +76,7 @@ class Riding(psycopg.AsyncConnection[Row]):
     _begin_waits: bytes | None
     _queue: list[bytes]
     _rider: AsyncCursor[Any] | None
+    _undoing: bool  # the queue begins with ROLLBACK TO: see `_undo_later()`
     _unbegun: bool  # BEGIN was taken from the queue, and has not succeeded
     _by_hand: bool  # the program's own statements treat savepoints: RELEASE doesn't wait
     _rides: int  # `RIDES`, or 0: a replication connection takes simple queries only
@@ -97,7 +101,7 @@ class Riding(psycopg.AsyncConnection[Row]):
             and (unit := self._current_unit) is not None
             and not unit.numbered
             and unit.token is None
-            and (self._begin_waits is not None or self.pgconn.transaction_status == INTRANS)
+            and (self._queued or self.pgconn.transaction_status == INTRANS)
             and self._rides
         ):
             return unit
@@ -108,7 +112,8 @@ class Riding(psycopg.AsyncConnection[Row]):
     @property
     def info(self) -> ConnectionInfo:
         """psycopg's, in a transaction from the moment that it was asked for."""
-        return Info(self.pgconn) if self._begin_waits is not None else super().info
+        waits = self._begin_waits is not None or self._undoing
+        return Info(self.pgconn) if waits else super().info
 
     @property
     def _queued(self) -> bool:
@@ -121,6 +126,7 @@ class Riding(psycopg.AsyncConnection[Row]):
     def _take_queue(self, time_left: float | None = None) -> list[bytes]:
         """Whoever takes it sends it at once: without BEGIN statements would be on their own."""
         commands, self._queue = self._queue, []
+        self._undoing = False
         if self._begin_waits is not None:
             time_left = self._time_left() if time_left is None else time_left
             commands[:0] = self._begin_commands(time_left, self._begin_waits or None)
@@ -131,13 +137,32 @@ class Riding(psycopg.AsyncConnection[Row]):
     def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
         """Send what waits, in a round trip of its own."""
         begins = self._begin_waits is not None
+        if DEALLOCATE in self._queue:
+            self._names.clear()
         if commands := self._take_queue(time_left):
             yield from self._begin_gen(commands) if begins else self._commands_gen(commands)
             self._unbegun = False
 
     def _forget_queue(self) -> None:
-        self._begin_waits, self._unbegun = None, False
+        self._begin_waits, self._unbegun, self._undoing = None, False, False
         self._queue.clear()
+
+    def _undo_later(self, commands: Sequence[bytes]) -> bool:
+        """Let ROLLBACK TO and RELEASE wait, if the server has undone the savepoint by itself.
+
+        It does when a statement fails: what the savepoint has locked is free at once, and
+        ROLLBACK TO only lets the transaction go on. Any other savepoint keeps its locks until
+        then, and somebody may wait for them.
+        """
+        failed = self.pgconn.transaction_status == INERROR
+        if not failed or self._queue or self._by_hand or self._pipeline or not self._rides:
+            return False
+        self._queue += commands
+        if self._prepared.clear():  # as psycopg does: they may refer to what is gone
+            self._prepared._to_flush.clear()
+            self._queue.append(DEALLOCATE)
+        self._undoing = True
+        return True
 
     def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
         """psycopg's, by which FETCH goes, too: what waits goes before it."""
@@ -158,10 +183,17 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _send_queue(self) -> int:
         """What waits, into a pipeline. How many results come."""
+        if not self._queued:
+            return 0
+        commands = self._take_queue()
+        if DEALLOCATE in commands:  # of ours, too
+            for command in commands:
+                self.pgconn.send_query_params(command, None)
+            self._names.clear()
+            return len(commands)
         before = 0
-        if self._queued:
-            for command in self._take_queue():
-                before += self._send(command, before)
+        for command in commands:
+            before += self._send(command, before)
         return before
 
     def _send_history(self) -> None:
@@ -323,7 +355,7 @@ program's transaction with it. So its first BEGIN has a round trip of its own.
 
 
 class Info(ConnectionInfo):
-    """While BEGIN waits."""
+    """While BEGIN waits, or ROLLBACK TO."""
 
     @property
     def transaction_status(self) -> pq.TransactionStatus:
