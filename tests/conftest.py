@@ -101,8 +101,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[TemporaryServer]:
 
 @pytest.fixture
 def dsn(server: TemporaryServer) -> str:
-    """The server's, with an empty schema public."""
+    """The server's, with an empty schema public, and nothing running that a test has left."""
     with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity where state = 'active'"
+            " and backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
         admin.execute("drop schema if exists public, aiopgsafe cascade")
         admin.execute("create schema public")
     return server.dsn
