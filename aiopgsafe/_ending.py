@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from time import monotonic
 from types import TracebackType
@@ -19,6 +19,7 @@ from ._outcome import (
     COMMITTING,
     ROLLED_BACK,
     UNKNOWN,
+    TransactionState,
     Verdict,
     unknown,
     verdict_of_error,
@@ -51,14 +52,22 @@ ROLLBACK_ATTEMPTS = 20
 """After which the session is given up: somebody cancels whatever it does."""
 
 
-async def run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
-    """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``."""
+def run(session: Session, shield: Shield, gen: PQGen[T], *, settled: bool = False) -> Awaitable[T]:
+    """Drive `gen` to its end, deaf; `Expired` if that takes longer than ``commit_timeout``.
+
+    :param settled: whether a cancel request that a signal has sent was waited for.
+    """
+    if session._signalled is not None and not settled:
+        return _settle_and_run(session, shield, gen)
     channel = session._channel
-    if session._signalled is not None:
-        await session._signalled.settle(shield)  # a request on its way would hit ours
     session._uncancellable = gen
     channel.start(gen, monotonic() + session.commit_timeout)
-    return await shield.hold(channel)
+    return shield.hold(channel)
+
+
+async def _settle_and_run(session: Session, shield: Shield, gen: PQGen[T]) -> T:
+    await session._signalled.settle(shield)  # it would hit ours
+    return await run(session, shield, gen, settled=True)
 
 
 async def acquire_shielded(session: Session, shield: Shield) -> bool:
@@ -147,7 +156,7 @@ class Section:
         grace = None if committing else session.cancel_timeout
         self.shield = Shield(session._backend, grace=grace)
         self.error: Exception | None = None
-        self.outcome = ""
+        self.outcome: TransactionState | str = ""
         self.what = "transaction"
         self.callbacks: list[Callback] = []
         self.going_through: BaseException | None = None
@@ -260,7 +269,10 @@ class Section:
 
     def _let_through(self, held: BaseException | None, errors: list[BaseException]) -> None:
         """Raise what is to be raised: what was held back before our own errors."""
-        note = f"aiopgsafe: the {self.what} is {self.outcome}"
+        outcome = self.outcome
+        if isinstance(outcome, TransactionState):
+            outcome = outcome.value
+        note = f"aiopgsafe: the {self.what} is {outcome}"
         group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
         leading = held or self.error or self.going_through
         if group is not None and leading is not None:
@@ -318,14 +330,14 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
             if block is not None:
                 block._leave()  # its callbacks may use the connection
             section.error = verdict.error
-            if session._failed:
+            if verdict.error is not None and session._failed:
                 # COMMIT was refused before it began (a cancel request of somebody's, a
                 # command of ours before it): the transaction is still there, failed.
                 await roll_back(session, section.shield, [b"ROLLBACK"])
             if unit.callbacks:
                 section.callbacks = unit.take()
                 section.unit = unit
-        section.outcome = unit.state.value
+        section.outcome = unit.state
 
 
 async def look_up(
@@ -354,7 +366,7 @@ async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> Non
     :param unit: None if nobody has callbacks for this transaction.
     """
     async with Section(session) as section:
-        section.outcome = ROLLED_BACK.value
+        section.outcome = ROLLED_BACK
         try:
             await run(session, section.shield, gen)
         except Expired:

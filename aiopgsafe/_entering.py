@@ -39,7 +39,7 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         commit_token: bool | None = None,
     ) -> None:
         super().__init__(connection, savepoint_name, force_rollback)
-        self._session = cast("Session", connection)
+        self._session: Session = connection  # type: ignore[assignment]  # a cast would be a call
         self._begin = begin
         self._name = savepoint_name or ""
         with_token = self._session.commit_token if commit_token is None else commit_token
@@ -78,7 +78,7 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         if not lock.try_acquire():
             await lock.acquire()
         try:
-            if self.state is not PENDING:
+            if self._unit.state is not PENDING:
                 raise TypeError("transaction blocks can be used only once")
             if pgconn.status == OK and not pgconn.pipeline_status and self._can_wait():
                 session._channel.check()
@@ -115,7 +115,8 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
                 self._unit = session._unit = session._unit or Unit(ACTIVE, session.commit_token)
         else:
             session._unit = None  # of a transaction that ended without our commit()
-            session._forget_queue()
+            if session._queue or session._unbegun:
+                session._forget_queue()
             session._begin_waits = self._begin or b""
             session._by_hand = False
         if self._name:

@@ -64,6 +64,7 @@ class Session(Protocol):
         """Send what waits."""
 
     _by_hand: bool
+    _unbegun: bool
     _undoing: bool
 
     def _undo_later(self, commands: Sequence[bytes]) -> bool:

@@ -310,7 +310,7 @@ class Transaction(Entering[Row]):
                 else self.Status.ROLLED_BACK_WITH_ERROR,
             )
             section.what = "savepoint" if self._is_savepoint else "transaction"
-            section.outcome = self.state.value
+            section.outcome = self.state
             section.callbacks = unit.take(self if self._is_savepoint else None)
             if not self._is_savepoint:
                 section.unit = unit

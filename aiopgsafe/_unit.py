@@ -47,7 +47,7 @@ class Unit:
     belongs to the connection and is settled by its `commit()` or `rollback()`.
     """
 
-    __slots__ = ("_lsn", "_origin", "_xid", "callbacks", "give_back", "prepared", "state", "token")
+    __slots__ = ("_lsn", "_xid", "callbacks", "give_back", "origin", "prepared", "state", "token")
 
     def __init__(self, state: TransactionState = PENDING, with_token: bool = False) -> None:
         self.state = state
@@ -62,7 +62,8 @@ class Unit:
         self.callbacks: list[Callback] = []
         self.token: Token | None = Token.new() if with_token else None
         """Goes with COMMIT, if it is wanted."""
-        self._origin: Origin | None = None
+        self.origin: Origin | None = None
+        """Of the session: where its number is, if that is known."""
         self._xid = self._lsn = b""
 
     def number(self, origin: Origin, xid: bytes, lsn: bytes) -> None:
@@ -70,11 +71,7 @@ class Unit:
 
         Hardly any is ever read: only where a COMMIT is lost.
         """
-        self._origin, self._xid, self._lsn = origin, xid, lsn
-
-    @property
-    def numbered(self) -> bool:
-        return self._origin is not None
+        self.origin, self._xid, self._lsn = origin, xid, lsn
 
     @property
     def xid(self) -> int | None:
@@ -86,9 +83,9 @@ class Unit:
         """What it takes to ask for the outcome; None while it couldn't be asked for."""
         if self.token is not None:
             return self.token
-        if self._origin is None:
+        if self.origin is None:
             return None
-        return Ticket(int(self._xid), self._lsn.decode(), self._origin)
+        return Ticket(int(self._xid), self._lsn.decode(), self.origin)
 
     def advance(self, state: TransactionState) -> None:
         if state not in TRANSITIONS[self.state]:

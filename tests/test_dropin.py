@@ -128,6 +128,65 @@ async def test_adapters_hold_for_their_connection_or_cursor_only(s: Scene) -> No
 
 
 @compared
+async def test_adapters_of_a_cursor_that_has_been_used(s: Scene) -> None:
+    query = "select 'a'::text, %s::point <-> point '(0,0)'"
+    cur = s.conn.cursor()
+    with s.fails():
+        await cur.execute(query, (Point(3, 4),))
+    await s.conn.rollback()
+    cur.adapters.register_dumper(Point, _PointDumper)
+    s.note(await (await cur.execute(query, (Point(3, 4),))).fetchone())
+    cur.adapters.register_loader("text", _Loud)
+    s.note(await (await cur.execute(query, (Point(3, 4),))).fetchone())
+    cur = await s.conn.execute("select 'a'::text from generate_series(1, 2)")
+    s.note(await cur.fetchone())
+    cur.adapters.register_loader("text", _Loud)  # of results that are there already
+    s.note(await cur.fetchone())
+    s.note(await s.fetch("select 'a'::text"))
+    async with s.conn.cursor().copy("copy (select 'a', 1) to stdout") as copy:
+        copy.set_types(["text", "int4"])
+        s.note([row async for row in copy.rows()])
+
+
+@compared
+async def test_parameters_that_do_not_fit_their_query_are_refused(s: Scene) -> None:
+    await s.conn.set_autocommit(True)
+    refused: list[tuple[Any, Any]] = [
+        ("select %s, %s", (1,)),
+        ("select %s", [1, 2]),
+        ("select 1", (1,)),
+        ("select %(a)s", (1,)),
+        ("select %s", {"a": 1}),
+        ("select %(a)s", {"b": 1}),
+        ("select %s", "a"),
+        ("select %s", 1),
+        ("select %", (1,)),
+        ("select %(a)s, %s", (1,)),
+        ("select %x", (1,)),
+    ]
+    for query, params in refused:
+        for _ in range(2):
+            with s.fails():
+                await s.conn.execute(query, params)
+    for query, params in (
+        ("select 1", ()),
+        ("select '%'", None),
+        ("select '%%'", ()),
+        ("select %(a)s, %(b)s, %(a)s", {"a": 1, "b": 2}),
+        ("select %s::int[]", ([1, 2],)),
+        ("select %t::text, %b::int", ["x", 2]),
+        ("select %s" + " " * 5000, (1,)),
+        ("select " + ",".join(["%s"] * 60), tuple(range(60))),
+    ):
+        for _ in range(7):  # prepared in the end
+            s.note(await (await s.conn.execute(query, params)).fetchone())
+    await s.conn.execute("set client_encoding to latin1")
+    s.note(await (await s.conn.execute("select 'ü', %s", ("ü",))).fetchone())
+    with s.fails():
+        await s.conn.execute("select '\u2603', %s", ("ü",))
+
+
+@compared
 async def test_binary_and_text_results_and_parameters_give_the_same_values(s: Scene) -> None:
     values: tuple[Any, ...] = (
         *(1, 2**40, "ü\u2603", b"\0\xff", 1.5, Decimal("1.10"), True, None),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import psycopg._capabilities
 import psycopg._conninfo_utils
+import psycopg._cursor_base
+import psycopg._queries
 import psycopg.generators
 import psycopg.waiting
 import pytest
@@ -18,6 +21,7 @@ from psycopg.pq import ConnStatus
 import aiopgsafe
 from aiopgsafe import _backends
 from aiopgsafe._backends import _readiness
+from aiopgsafe._connection._cursor import AsyncCursor
 
 PACKAGE = Path(aiopgsafe.__file__).parent
 
@@ -129,6 +133,13 @@ def test_psycopgs_private_parts_are_known_to_the_connection_only(storey: str, pa
         (psycopg._conninfo_utils, "split_attempts", "(params)"),
         (psycopg._conninfo_utils, "get_param", "(params, name)"),
         (psycopg._conninfo_utils, "gssapi_requested", "(params)"),
+        (psycopg.AsyncCursor, "_start_query", "(self, query)"),
+        (psycopg.AsyncCursor, "_reset", "(self, reset_query)"),
+        (psycopg.AsyncCursor, "_loaders_changed", "(wself, oid, loader)"),
+        (psycopg.AsyncCursor, "_maybe_prepare_gen", "(self, pgq, prepare, binary)"),
+        (psycopg._queries.PostgresQuery, "convert", "(self, query, vars)"),
+        (psycopg._queries, "_query2pg_nocache", "(query, encoding)"),
+        (psycopg._preparing.PrepareManager, "get", "(self, query, prepare)"),
         (psycopg._preparing.PrepareManager, "clear", "(self)"),
         (psycopg._preparing.PrepareManager, "maintain_gen", "(self, conn)"),
     ],
@@ -139,6 +150,16 @@ def test_a_psycopg_that_moves_its_private_parts_fails_here(
 ) -> None:
     parameters = inspect.signature(getattr(owner, name)).parameters
     assert f"({', '.join(parameters)})" == signature
+
+
+def test_a_cursor_is_made_as_psycopg_makes_it() -> None:
+    """Ours sets the same attributes, but for the adapters, which it makes when asked."""
+    made = inspect.getsource(psycopg.AsyncCursor.__init__)
+    made += inspect.getsource(psycopg._cursor_base.BaseCursor.__init__)
+    ours = inspect.getsource(AsyncCursor.__init__)
+    assert set(re.findall(r"self\.(\w+)(?:: .*)? = ", made)) == set(
+        re.findall(r"self\.(\w+)(?:: .*)? = ", ours)
+    )
 
 
 def test_psycopg_is_as_the_connection_believes() -> None:

@@ -22,7 +22,7 @@ import anyio
 from psycopg import OperationalError
 
 from . import CONNECTION_BAD, MAX_BUSY, Expired, Handler, Job, Told, other_loop
-from ._asyncio_answer import Answer
+from ._asyncio_answer import CANCELLED, DONE, PENDING, Answer
 from ._asyncio_jobs import Connecting, LoopHandler, Task, Thread, Waiter, loop_time
 from ._readiness import READ, WRITE, Readiness
 
@@ -86,14 +86,16 @@ class Channel:
         self._reading = True
 
     def check(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        if asyncio._get_running_loop() is not self._loop:
             raise other_loop()
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
-        self.check()
+        loop = self._loop
+        if asyncio._get_running_loop() is not loop:
+            raise other_loop()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
-        self._answer = Answer(self._loop)
+        self._answer = Answer(loop)
         self._gen = gen
         self._limit = None
         self._expired = False
@@ -103,7 +105,7 @@ class Channel:
 
     def wait(self) -> Awaitable[Any]:
         answer = self._answer
-        if answer is None or answer.cancelled():
+        if answer is None or answer.state == CANCELLED:
             # The one before went with a cancellation; the generator has been
             # driven on meanwhile and may have ended.
             answer = self._answer = Answer(self._loop)
@@ -140,7 +142,7 @@ class Channel:
             self._advance(READ)
         if self._gen is not None:
             self._expired = True
-            if self._answer is not None and not self._answer.done():
+            if self._answer is not None and self._answer.state == PENDING:
                 self._answer.set(None, Expired())
                 self._answer.resume_soon()
 
@@ -213,26 +215,22 @@ class Channel:
     # In the loop's callbacks
 
     def _on_readable(self) -> None:
-        self._reads = True
-        try:
-            self._read()
-        finally:
-            self._reads = False
-        answer = self._answer
-        if answer is not None and answer.done():
-            # Last: the task may begin the next statement here.
-            answer.resume()
-
-    def _read(self) -> None:
         self._last_yield = 0.0
         if self._gen is None:
             self._on_unasked()
             return
-        self._advance(READ)
-        # At an error of the socket uvloop calls back once and watches no more: what is
-        # behind the input that has been read, an answer even, is then for us to find.
-        while self._gen is not None and self._readiness.failed():
+        self._reads = True
+        try:
             self._advance(READ)
+            # At an error of the socket uvloop calls back once and watches no more: what is
+            # behind the input that has been read, an answer even, is then for us to find.
+            while self._gen is not None and self._readiness.failed():
+                self._advance(READ)
+        finally:
+            self._reads = False
+        answer = self._answer
+        if answer is not None and answer.state == DONE:
+            answer.resume()  # the task may begin the next statement here, and sees an error itself
         if self._tells_once and self._gen is None and not self.closed and self._readiness.failed():
             self._on_unasked()
 
@@ -295,21 +293,23 @@ class Channel:
                 if self._told.listening:
                     self._told.drain(self._pgconn)
         answer = self._answer
-        if answer is not None and not answer.done():
-            if error is None and self._busy_too_long():
-                # A COPY of many small rows never waits: let the others run.
-                self._last_yield = 0.0
-                self._loop.call_soon(self._settle, answer)
-            else:
-                self._settle(answer)
+        if answer is None or answer.state != PENDING:
+            return
+        if self._reads:
+            answer.set(value, error)  # the task goes on at the callback's end
+        elif error is None and self._busy_too_long():
+            # A COPY of many small rows never waits: let the others run.
+            self._last_yield = 0.0
+            self._loop.call_soon(self._settle, answer)
+        else:
+            self._settle(answer)
 
     def _settle(self, answer: Answer) -> None:
         # In a later turn than its generator ended, it may have been forgotten: the
         # next one's outcome is not for it.
-        if answer is self._answer and not answer.done():
+        if answer is self._answer and answer.state == PENDING:
             answer.set(self._value, self._error)
-            if not self._reads:
-                answer.resume_soon()
+            answer.resume_soon()
 
     def _watch(self) -> None:
         if not self.closed:

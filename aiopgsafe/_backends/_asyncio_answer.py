@@ -23,17 +23,19 @@ class Answer:
     __slots__ = (
         "_asyncio_future_blocking",
         "_callbacks",
+        "_error",
         "_loop",
         "_message",
-        "_outcome",
-        "_state",
+        "_value",
+        "state",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asyncio_future_blocking = False
         self._loop = loop
-        self._state = PENDING
-        self._outcome: tuple[Any, BaseException | None] = (None, None)
+        self.state = PENDING
+        self._value: Any = None
+        self._error: BaseException | None = None
         self._message: object = None
         self._callbacks: list[tuple[Callback, Context | None]] = []
 
@@ -41,8 +43,8 @@ class Answer:
 
     def set(self, value: Any, error: BaseException | None) -> None:
         """Note the answer; `resume()` or `resume_soon()` lets the task have it."""
-        self._outcome = value, error
-        self._state = DONE
+        self._value, self._error = value, error
+        self.state = DONE
 
     def resume(self) -> None:
         """Let the task go on, in this call. Not from within a task."""
@@ -65,26 +67,25 @@ class Answer:
         return self._loop
 
     def done(self) -> bool:
-        return self._state != PENDING
+        return self.state != PENDING
 
     def cancelled(self) -> bool:
-        return self._state == CANCELLED
+        return self.state == CANCELLED
 
     def cancel(self, msg: object = None) -> bool:
-        if self._state != PENDING:
+        if self.state != PENDING:
             return False
-        self._state, self._message = CANCELLED, msg
+        self.state, self._message = CANCELLED, msg
         self.resume_soon()
         return True
 
     def result(self) -> Any:
-        if self._state == CANCELLED:
+        if self.state == CANCELLED:
             raise asyncio.CancelledError(*(() if self._message is None else (self._message,)))
-        if self._state == PENDING:
+        if self.state == PENDING:
             raise asyncio.InvalidStateError("the answer is not there yet")
-        value, error = self._outcome
-        if error is None:
-            return value
+        if (error := self._error) is None:
+            return self._value
         # Asked for again where the task was cancelled meanwhile: it is told of that first.
         try:
             raise error
@@ -93,7 +94,7 @@ class Answer:
 
     def add_done_callback(self, fn: Callback, *, context: Context | None = None) -> None:
         self._callbacks.append((fn, context))
-        if self._state != PENDING:
+        if self.state != PENDING:
             self.resume_soon()
 
     def remove_done_callback(self, fn: Callback) -> int:
@@ -102,7 +103,9 @@ class Answer:
         return before - len(self._callbacks)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        if self._state == PENDING:
+        if self.state == PENDING:
             self._asyncio_future_blocking = True
             yield self
+            if self.state == DONE and self._error is None:
+                return self._value
         return self.result()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Self, cast
+from weakref import ref
 
 import psycopg
 from psycopg import errors, pq
 from psycopg._preparing import Prepare
-from psycopg.rows import Row
+from psycopg.adapt import AdaptersMap, Transformer
+from psycopg.rows import AsyncRowFactory, Row
 
 from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
+from ._query import CachingQuery
 from ._riding import POSITION_QUERY
 from ._statements import ENDS, NOTED, WRITES, traits_of_text
 from ._together import check, collect_gen, leave_pipeline_mode, rest_gen
@@ -28,6 +33,8 @@ __all__ = ["AsyncCursor", "AsyncServerCursor"]
 
 OK = pq.ConnStatus.OK
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
+STATUS = attrgetter("status")
+GOOD = frozenset(map(int, (COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)))
 
 
 class AsyncCursor(psycopg.AsyncCursor[Row]):
@@ -35,6 +42,65 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
 
     __module__ = "aiopgsafe"
     __slots__ = ("_traits",)
+
+    _query_cls = CachingQuery
+
+    def __init__(
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        *,
+        row_factory: AsyncRowFactory[Row] | None = None,
+    ) -> None:
+        # As psycopg's does it, but for a copy of the connection's adapters: see `adapters`.
+        self._conn = connection
+        self._pgconn = connection.pgconn
+        self._adapters: AdaptersMap = None  # type: ignore[assignment]  # a cast would be a call
+        self._row_factory = row_factory or connection.row_factory
+        self._last_query = None
+        self.format = pq.Format.TEXT
+        self.arraysize = 1
+        self._closed = False
+        self._reset()
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """The cursor's own adapters, copied from the connection's when they are asked for."""
+        if self._adapters is None:
+            self._adapters = adapters = AdaptersMap(self._conn.adapters)
+            changed = partial(self._loaders_changed, ref(self))
+            adapters._register_loader_callback = changed
+            self._last_query = None  # what was kept for it knows the connection's only
+        return self._adapters
+
+    def _execute_gen(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> PQGen[None]:
+        """psycopg's, with fewer generators and calls."""
+        yield from self._start_query(query)
+        pgq = self._query_cls(self._tx)
+        pgq.convert(query, params)
+        yield from self._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+        conn: Any = self._conn
+        if conn._pipeline:
+            yield from conn._pipeline._communicate_gen()
+        self._last_query = query
+        if conn._prepared._to_flush:
+            yield from conn._prepared.maintain_gen(conn)
+
+    def _start_query(self, query: Query | None = None) -> PQGen[None]:
+        if self._closed:
+            raise psycopg.InterfaceError("the cursor is closed")
+        if self._last_query is None or self._last_query is not query:
+            self._last_query = None
+            self._tx = Transformer(self._conn if self._adapters is None else self)
+        if self._query or self.pgresult or self._execmany_returning is not None:  # used before
+            self._reset()
+        return self._conn._start_query()
 
     async def execute(
         self,
@@ -76,10 +142,12 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if found & NOTED:
             conn._note(found)
         if conn._pipeline is None:
-            if conn._queued and not (found & conn._rides and conn._may_ride()):
+            queued = conn._begin_waits is not None or conn._queue
+            if queued and not (found & conn._rides and conn._may_ride()):
                 yield from conn._flush_gen()
+                queued = False
             unit = conn._unnumbered() if found & WRITES else None
-            if unit is not None or conn._queued:
+            if queued or unit is not None:
                 yield from self._together_gen(pgq, unit, prepare, binary)
                 return
         yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
@@ -90,8 +158,8 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         """The statement, and what rides on it: results come for `before`, `ours`, the number."""
         conn: Any = self._conn
         pgconn = self._pgconn
-        prep, name = self._get_prepared(pgq, prepare)
-        asks = conn._asks()
+        prep, name = conn._prepared.get(pgq, prepare)
+        asks = conn._origin is None and conn._asks()
         try:
             pgconn.enter_pipeline_mode()
             if asks:
@@ -114,18 +182,22 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
             leave_pipeline_mode(pgconn)
         if asks:
             conn._came_from(results.pop(0))
-        conn._prepared_now(results)
+        good = GOOD.issuperset(map(STATUS, results))
+        if not good or conn._preparing:
+            conn._prepared_now(results)
         own = [results[before + ours - 1]]
         if prep is Prepare.SHOULD and results[before].status != COMMAND_OK:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)
         elif key is not None:
             conn._prepared.validate(key, prep, name, own)
-        check(results[:before], pgconn)
+        if not good:
+            check(results[:before], pgconn)
         conn._unbegun = False
         if unit is not None:
             conn._numbered(unit, results[-1])
-        check(results, pgconn)
-        self._check_results(own)
+        if not good:
+            check(results, pgconn)
+            self._check_results(own)
         self._set_results(own)
 
     def _send_own(self, pgq: PostgresQuery, prep: Prepare, name: bytes, binary: bool | None) -> int:

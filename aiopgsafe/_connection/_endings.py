@@ -103,5 +103,5 @@ class Endings(ConnectionEvents[Row]):
             prepared = self._tpc is not None and self._tpc[1]
             async with Section(self) as section:
                 unit.advance(TransactionState.UNKNOWN if prepared else TransactionState.ROLLED_BACK)
-                section.outcome = unit.state.value
+                section.outcome = unit.state
                 section.callbacks = unit.take()

@@ -66,8 +66,8 @@ class EndingGenerators(Riding[Row]):
 
         What waits goes before the statement, if it can't ride on it.
         """
-        if self._blocks:
-            self._check_begun()
+        if self._blocks and self._unbegun:
+            raise not_begun()
         if self.pgconn.transaction_status == IDLE and self._begin_waits is None:
             if self._unit is not None:
                 self._forget_unit()
@@ -76,13 +76,8 @@ class EndingGenerators(Riding[Row]):
             elif not self._autocommit:
                 self._begin_waits = b""
                 self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
-        if self._queued and (self._rider is None or self._pipeline):
+        if (self._rider is None or self._pipeline) and self._queued:
             yield from self._flush_gen()
-
-    def _check_begun(self) -> None:
-        """Inside a block whose BEGIN has failed nothing may run: it would be on its own."""
-        if self._unbegun:
-            raise psycopg.OperationalError("the block's transaction has not begun: BEGIN failed")
 
     def _ended_by_statement(self, error: BaseException | None) -> None:
         """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
@@ -137,7 +132,7 @@ class EndingGenerators(Riding[Row]):
             # A timeout cancels even the wait for synchronous replication: committed
             # here, and not there.
             commands.insert(0, NO_TIMEOUT)
-        unnumbered = not unit.numbered and unit.token is None and not self._reads_only
+        unnumbered = unit.origin is None and unit.token is None and not self._reads_only
         if lives and self._origin and unnumbered:
             result = yield from self._numbered_commit_gen(unit, commands)
         else:
@@ -204,7 +199,8 @@ class EndingGenerators(Riding[Row]):
             self._forget_queue()
             unit.advance(TransactionState.COMMITTING)
             return True
-        self._check_begun()
+        if self._unbegun:
+            raise not_begun()
         if self.pgconn.transaction_status == IDLE:
             unit.advance(TransactionState.COMMITTING)
             raise ended_by_statement()
@@ -304,6 +300,11 @@ class EndingGenerators(Riding[Row]):
     def _forget_prepared_gen(self) -> PQGen[None]:
         self._prepared.clear()
         yield from self._prepared.maintain_gen(self)
+
+
+def not_begun() -> psycopg.OperationalError:
+    """Inside a block whose BEGIN has failed nothing may run: it would be on its own."""
+    return psycopg.OperationalError("the block's transaction has not begun: BEGIN failed")
 
 
 def isolation(level: IsolationLevel | int) -> IsolationLevel:

@@ -98,10 +98,14 @@ class Riding(psycopg.AsyncConnection[Row]):
         """The transaction whose number is to be read behind what writes next, if any is."""
         if (
             (self._origin or self._will_ask())
-            and (unit := self._current_unit) is not None
-            and not unit.numbered
+            and (unit := self._blocks[-1]._unit if self._blocks else self._unit) is not None
+            and unit.origin is None
             and unit.token is None
-            and (self._queued or self.pgconn.transaction_status == INTRANS)
+            and (
+                self._begin_waits is not None
+                or self.pgconn.transaction_status == INTRANS
+                or self._undoing
+            )
             and self._rides
         ):
             return unit
@@ -121,14 +125,15 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _may_ride(self) -> bool:
         """Whether BEGIN, if it waits, needs no round trip of its own to ask for the history."""
-        return not self._asks() or self._will_ask()
+        return self._origin is not None or not self._asks() or self._will_ask()
 
     def _take_queue(self, time_left: float | None = None) -> list[bytes]:
         """Whoever takes it sends it at once: without BEGIN statements would be on their own."""
         commands, self._queue = self._queue, []
         self._undoing = False
         if self._begin_waits is not None:
-            time_left = self._time_left() if time_left is None else time_left
+            if time_left is None:
+                time_left = self._time_left() if self.send_deadline else inf
             commands[:0] = self._begin_commands(time_left, self._begin_waits or None)
             self._begin_waits, self._unbegun = None, True
             self._reads_only = b"READ ONLY" in commands[0]
@@ -183,7 +188,7 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _send_queue(self) -> int:
         """What waits, into a pipeline. How many results come."""
-        if not self._queued:
+        if self._begin_waits is None and not self._queue:
             return 0
         commands = self._take_queue()
         if DEALLOCATE in commands:  # of ours, too
