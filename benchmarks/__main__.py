@@ -13,63 +13,118 @@ import argparse
 import asyncio
 import os
 import platform
+import random
+import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import psycopg
 import psycopg_pool
+import sqlalchemy
 import trio
 import uvloop
 
 from aiopgsafe.testing import TemporaryServer
-from benchmarks import connections, notifying, outcomes, pools, transactions
+from benchmarks import notifying, outcomes, unshielded
+from benchmarks.clients import SETUP, pooled, single
 from benchmarks.distance import distant
-from benchmarks.turns import TURN, measure, print_row
+from benchmarks.report import Report
+from benchmarks.turns import ServerClock, measure
+from benchmarks.workloads import POOL_SIZE, TASKS, connecting, contend, on_a_pool, on_one_connection
+
+LOOPS = ("asyncio", "uvloop", "trio")
 
 
-async def report(loop: str, dsn: str, turns: int) -> None:
-    async with AsyncExitStack() as stack:
-        for title, workload in (await connections.workloads(dsn, stack)).items():
-            await measure(workload, 10)  # caches, prepared statements
-            print_row(loop, title, await measure(workload, turns))
-    await report_transactions(loop, dsn, turns)
-    async with AsyncExitStack() as stack:
-        clients = await pools.pools(dsn, stack)
-        workload = pools.acquiring(clients)
-        await measure(workload, 10)
-        print_row(loop, "pool: acquire + release", await measure(workload, turns))
-        costs, waits = await pools.contention(clients, max(1, turns // 20))
-        print_row(loop, f"{pools.TASKS:,} tasks on {pools.SIZE}", costs)
-        print_row(loop, "  p99 of their waits", waits, "ms")
-    await report_notifying(loop, dsn, turns)
+class Bench:
+    """What is asked for, and where the server is."""
+
+    def __init__(self, options: argparse.Namespace, server: TemporaryServer) -> None:
+        self.dsn: str = server.socket_dsn if options.unix else server.dsn
+        self.turns: int = options.turns
+        self.only: list[str] = options.only
+        self.report = Report()
+        self.clock = ServerClock(postmaster(server))
+
+    def wanted(self, title: str) -> bool:
+        return not self.only or any(word.lower() in title.lower() for word in self.only)
+
+    async def measure(self, loop: str, title: str, workload: Any, operations: int = 25) -> None:
+        if not self.wanted(title):
+            return
+        turns = max(2, self.turns if operations > 1 else self.turns // 5)
+        await measure(workload, 1 + turns // 10, operations)  # caches, prepared statements
+        figures = await measure(workload, turns, operations, self.clock)
+        self.report.add(loop, title, figures)
+
+    async def here(self, loop: str) -> None:
+        peers = loop != "trio"
+        async with AsyncExitStack() as stack:
+            clients = await single(self.dsn, stack, peers=peers)
+            workloads = await on_one_connection(clients, stack)
+            for title, (workload, operations) in workloads.items():
+                await self.measure(loop, title, workload, operations)
+        if peers:
+            async with AsyncExitStack() as stack:
+                shields = await unshielded.workload(self.dsn, stack)
+                await self.measure(loop, "what the shield costs", shields)
+        async with AsyncExitStack() as stack:
+            for title, workload in on_a_pool(await pooled(self.dsn, stack, peers=peers)).items():
+                await self.measure(loop, title, workload)
+        if peers:
+            await self.contention(loop)
+            await self.measure(loop, "connect", connecting(self.dsn), 2)
+        if self.wanted("NOTIFY to handler"):
+            self.report.add(
+                loop, "NOTIFY to handler", await notifying.latencies(self.dsn, self.turns)
+            )
+
+    async def contention(self, loop: str) -> None:
+        """Many tasks: the clients take turns, and have as many transactions in each."""
+        for tasks in TASKS:
+            title = f"{tasks:,} tasks on a pool of {POOL_SIZE}"
+            if not self.wanted(title):
+                continue
+            async with AsyncExitStack() as stack:
+                clients = await pooled(self.dsn, stack, POOL_SIZE, peers=True)
+                rates: dict[str, list[float]] = {name: [] for name in clients}
+                waits: dict[str, list[float]] = {name: [] for name in clients}
+                order = random.Random(0)
+                for turn in range(2 + self.turns // 20):
+                    for name, client in order.sample(list(clients.items()), len(clients)):
+                        rate, p99 = await contend(client, tasks, max(1, 1000 // tasks))
+                        if turn:  # the first one fills caches
+                            rates[name].append(rate)
+                            waits[name].append(p99)
+            medians = {name: statistics.median(values) for name, values in rates.items()}
+            self.report.add_rates(loop, title, medians)
+            medians = {name: statistics.median(values) for name, values in waits.items()}
+            self.report.add_waits(loop, title, medians)
+
+    async def far(self, loop: str, dsn: str) -> None:
+        async with AsyncExitStack() as stack:
+            for title, workload in on_a_pool(await pooled(dsn, stack, peers=True)).items():
+                if "INSERT" in title:
+                    await self.measure(loop, f"{title}, 1 ms away", workload, 5)
+
+    async def durable(self, loop: str) -> None:
+        async with AsyncExitStack() as stack:
+            workload = await outcomes.workload(self.dsn, stack)
+            await self.measure(loop, "what asking costs, durable INSERT", workload)
 
 
-async def report_transactions(loop: str, dsn: str, turns: int, where: str = "") -> None:
-    async with AsyncExitStack() as stack:
-        clients = await transactions.clients(dsn, stack)
-        for title, workload in transactions.workloads(clients).items():
-            await measure(workload, 1 + turns // 30)
-            print_row(loop, title + where, await measure(workload, turns))
-
-
-async def report_notifying(loop: str, dsn: str, turns: int) -> None:
-    print_row(loop, "NOTIFY to handler", await notifying.latencies(dsn, turns))
-
-
-async def report_outcomes(loop: str, dsn: str, turns: int) -> None:
-    async with AsyncExitStack() as stack:
-        workload = await outcomes.workload(dsn, stack)
-        await measure(workload, 10)
-        print_row(loop, "INSERT, durable", await measure(workload, turns))
+def postmaster(server: TemporaryServer) -> int:
+    return int((server.data_directory / "postmaster.pid").read_text().split()[0])
 
 
 def pin(server: TemporaryServer) -> None:
-    postmaster = int((server.data_directory / "postmaster.pid").read_text().split()[0])
     core = {min(os.sched_getaffinity(0))}
-    os.sched_setaffinity(postmaster, core)  # its children inherit it
+    os.sched_setaffinity(postmaster(server), core)  # its children inherit it
     os.sched_setaffinity(0, core)
 
 
@@ -80,37 +135,65 @@ def run_on(loop: str, report: Callable[..., Coroutine[Any, Any, None]], *args: A
         (uvloop if loop == "uvloop" else asyncio).run(report(loop, *args))
 
 
+def pgbench(server: TemporaryServer) -> None:
+    """The one-INSERT transaction by a client in C: the server's share, and the kernel's."""
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory) / "transaction.sql"
+        script.write_text("begin;\ninsert into bench values (1, 'one');\ncommit;\n")
+        command = [server.bindir / "pgbench", "-n", "-M", "prepared", "-T", "3", "-f", script]
+        result = subprocess.run(
+            [*map(str, command), server.dsn], capture_output=True, text=True, check=True
+        )
+    for line in result.stdout.splitlines():
+        if line.startswith("latency average"):
+            print(f"pgbench, one INSERT in three round trips: {line}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--turns", type=int, default=300, help=f"of {TURN} operations each")
+    parser.add_argument("--turns", type=int, default=200, help="of 25 operations each, or fewer")
+    parser.add_argument("--only", nargs="+", default=[], help="words of the workloads' titles")
+    parser.add_argument("--loops", nargs="+", default=LOOPS, choices=LOOPS)
     parser.add_argument("--spread", action="store_true", help="do not pin to one core")
     parser.add_argument("--unix", action="store_true", help="unix socket instead of loopback")
+    parser.add_argument("--plots", type=Path, help="write an SVG for each workload here")
     options = parser.parse_args()
+    print(
+        f"Python {platform.python_version()}, psycopg {psycopg.__version__},"
+        f" psycopg_pool {psycopg_pool.__version__}, asyncpg {asyncpg.__version__},"
+        f" SQLAlchemy {sqlalchemy.__version__}; µs per operation; ratios: above 1 is better for us"
+    )
     with TemporaryServer(settings={"synchronous_commit": "off"}) as server:
+        print(f"PostgreSQL {server.version}, synchronous_commit off")
         if not options.spread and sys.platform == "linux":
             pin(server)
-        print(
-            f"PostgreSQL {server.version}, Python {platform.python_version()},"
-            f" psycopg {psycopg.__version__}, psycopg_pool {psycopg_pool.__version__},"
-            f" asyncpg {asyncpg.__version__};"
-            " medians; ratios: above 1 is better for us"
-        )
-        dsn = server.socket_dsn if options.unix else server.dsn
-        for loop in ("asyncio", "uvloop"):
-            run_on(loop, report, dsn, options.turns)
-            with distant(dsn) as far:
-                run_on(loop, report_transactions, far, max(1, options.turns // 30), ", 1 ms away")
-        run_on("trio", report_notifying, dsn, options.turns)
+        with psycopg.connect(server.dsn, autocommit=True) as conn:
+            conn.execute(SETUP.encode())
+        bench = Bench(options, server)
+        for loop in options.loops:
+            run_on(loop, bench.here)
+        if bench.wanted("pgbench"):
+            pgbench(server)
+        if bench.wanted("1 ms away"):
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+            for loop in options.loops:
+                if loop != "trio":
+                    with distant(bench.dsn) as far:
+                        run_on(loop, bench.far, far)
     durable: dict[str, str | int | bool] = {
         "synchronous_commit": "on",
         "fsync": True,
         "full_page_writes": True,
     }
-    with TemporaryServer(settings=durable) as server:
-        dsn = server.socket_dsn if options.unix else server.dsn
-        turns = max(1, options.turns // 5)
-        for loop in ("asyncio", "uvloop", "trio"):
-            run_on(loop, report_outcomes, dsn, turns)
+    if bench.wanted("durable"):
+        with TemporaryServer(settings=durable) as server:
+            bench.dsn, bench.clock = server.dsn, ServerClock(postmaster(server))
+            for loop in options.loops:
+                run_on(loop, bench.durable)
+    if options.plots is not None:
+        from benchmarks.plots import plot
+
+        plot(bench.report, options.plots)
 
 
 main()

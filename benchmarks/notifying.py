@@ -13,10 +13,11 @@ import asyncpg
 import psycopg
 
 import aiopgsafe
+from benchmarks.turns import Figures
 
 
-async def latencies(dsn: str, rounds: int) -> dict[str, float]:
-    """Median µs for each client that this loop has; they take turns."""
+async def latencies(dsn: str, rounds: int) -> dict[str, Figures]:
+    """Of each client that this loop has; they take turns."""
     names = {"aiopgsafe": "aiopgsafe", "asyncpg": "asyncpg", "aiopgsafe's listen()": "listen"}
     if "trio" in sys.modules and sys.modules["trio"].lowlevel.in_trio_run():
         del names["asyncpg"]
@@ -61,4 +62,7 @@ async def latencies(dsn: str, rounds: int) -> dict[str, float]:
                 await arrived.wait()
                 samples[name].append((came - committed) * 1e6)
         tasks.cancel_scope.cancel()
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        name: Figures(statistics.median(values), statistics.quantiles(values, n=100)[-1], 0, 0)
+        for name, values in samples.items()
+    }

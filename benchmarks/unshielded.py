@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import AsyncExitStack
 from types import ModuleType
 from typing import Any
+
+import psycopg
+
+import aiopgsafe
+from benchmarks.turns import Operation, Workload
 
 
 def unshielded_copy() -> ModuleType:
@@ -41,3 +47,25 @@ def unshielded_copy() -> ModuleType:
 
 def _is_ours(name: str) -> bool:
     return name.partition(".")[0] == "aiopgsafe"
+
+
+UNSHIELDED: type[psycopg.AsyncConnection] = unshielded_copy().AsyncConnection
+
+
+async def workload(dsn: str, stack: AsyncExitStack) -> Workload:
+    """An INSERT in a transaction, on a connection each."""
+
+    async def transaction(cls: type[psycopg.AsyncConnection]) -> Operation:
+        conn = await cls.connect(dsn, autocommit=True)
+        stack.push_async_callback(conn.close)
+
+        async def run() -> None:
+            async with conn.transaction():
+                await conn.execute("insert into bench values (%s, %s)", (1, "one"))
+
+        return run
+
+    return {
+        "aiopgsafe": await transaction(aiopgsafe.AsyncConnection),
+        "unshielded": await transaction(UNSHIELDED),
+    }

@@ -94,6 +94,12 @@ class Channel(Job[Any], Protocol):
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
         """Begin to drive `gen`; `wait()` then gives its result. `other_loop()` in another one."""
 
+    def ended(self) -> bool:
+        """Whether it has ended without any waiting, and nobody else needs the loop for long."""
+
+    def outcome(self) -> Any:
+        """Then: its result. Raises what it raised."""
+
     def extend(self, when: float) -> None:
         """After `Expired`: let the same generator have until `when` instead."""
 

@@ -90,12 +90,11 @@ class Channel:
             raise other_loop()
 
     def start(self, gen: PQGen[Any], limit: float | None = None) -> None:
-        loop = self._loop
-        if asyncio._get_running_loop() is not loop:
+        if asyncio._get_running_loop() is not self._loop:
             raise other_loop()
         if self._gen is not None:
             raise RuntimeError("the channel drives another generator")
-        self._answer = Answer(loop)
+        self._answer = None
         self._gen = gen
         self._limit = None
         self._expired = False
@@ -103,16 +102,30 @@ class Channel:
             self.limit(limit)
         self._advance(None)
 
+    def ended(self) -> bool:
+        return self._gen is None and (self._error is not None or not self._busy_too_long())
+
+    def outcome(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        value, self._value = self._value, None
+        return value
+
     def wait(self) -> Awaitable[Any]:
         answer = self._answer
         if answer is None or answer.state == CANCELLED:
-            # The one before went with a cancellation; the generator has been
-            # driven on meanwhile and may have ended.
+            # The first one; or the one before went with a cancellation, and the generator
+            # has been driven on meanwhile.
             answer = self._answer = Answer(self._loop)
-            if self._gen is None:
-                self._settle(answer)
-            elif self._expired:
+            if self._expired:
                 answer.set(None, Expired())
+            elif self._gen is None:
+                if self._error is None and self._busy_too_long():
+                    # A COPY of many small rows never waits: let the others run.
+                    self._last_yield = 0.0
+                    self._loop.call_soon(self._settle, answer)
+                else:
+                    answer.set(self._value, self._error)
         return answer
 
     def limit(self, when: float) -> None:
@@ -249,6 +262,7 @@ class Channel:
         self._reading = False
 
     def _on_writable(self) -> None:
+        self._last_yield = 0.0
         self._loop.remove_writer(self._fd)
         self._writing = False
         if self._gen is not None:
@@ -297,10 +311,6 @@ class Channel:
             return
         if self._reads:
             answer.set(value, error)  # the task goes on at the callback's end
-        elif error is None and self._busy_too_long():
-            # A COPY of many small rows never waits: let the others run.
-            self._last_yield = 0.0
-            self._loop.call_soon(self._settle, answer)
         else:
             self._settle(answer)
 

@@ -108,6 +108,14 @@ class Channel(_Limited):
         self._limit = limit
         self._advance(None)
 
+    def ended(self) -> bool:
+        return self._gen is None and (self._error is not None or not self._busy_too_long())
+
+    def outcome(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
     async def wait(self) -> Any:
         while self._gen is not None:
             want = self._want

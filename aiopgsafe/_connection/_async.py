@@ -272,7 +272,7 @@ class AsyncConnection(Endings[Row]):
             await self._settle_signalled()
         try:
             channel.start(gen, None if timeout is None else monotonic() + timeout)
-            result: RV = await channel.wait()
+            result: RV = channel.outcome() if channel.ended() else await channel.wait()
         except Expired:
             channel.abandon()
             raise errors._WaitTimeout("wait timeout expired") from None

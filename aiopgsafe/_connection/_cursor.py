@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -17,12 +19,14 @@ from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
 from .._shield import Shield
+from ._copy import AsyncCopy
 from ._query import CachingQuery
 from ._riding import POSITION_QUERY
 from ._statements import ENDS, NOTED, WRITES, traits_of_text
 from ._together import check, collect_gen, leave_pipeline_mode, rest_gen
 
 if TYPE_CHECKING:
+    from psycopg._copy_async import AsyncWriter
     from psycopg._queries import PostgresQuery
     from psycopg.abc import Params, PQGen, Query
 
@@ -71,6 +75,24 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
             adapters._register_loader_callback = changed
             self._last_query = None  # what was kept for it knows the connection's only
         return self._adapters
+
+    @asynccontextmanager
+    async def copy(
+        self,
+        statement: Query,
+        params: Params | None = None,
+        *,
+        writer: AsyncWriter | None = None,
+    ) -> AsyncIterator[AsyncCopy]:
+        """Execute a COPY and return an object to read or write by, as psycopg's does."""
+        try:
+            async with self._conn.lock:
+                await self._conn.wait(self._start_copy_gen(statement, params))
+                async with AsyncCopy(self, writer=writer) as copy:
+                    yield copy
+        except errors._NO_TRACEBACK as exc:
+            raise exc.with_traceback(None)  # noqa: B904
+        self._select_current_result(0)  # its row count
 
     def _execute_gen(
         self,
@@ -141,16 +163,25 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         self._traits = found = traits_of_text(pgq.query)
         if found & NOTED:
             conn._note(found)
-        if conn._pipeline is None:
-            queued = conn._begin_waits is not None or conn._queue
-            if queued and not (found & conn._rides and conn._may_ride()):
-                yield from conn._flush_gen()
-                queued = False
-            unit = conn._unnumbered() if found & WRITES else None
-            if queued or unit is not None:
-                yield from self._together_gen(pgq, unit, prepare, binary)
-                return
-        yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+        queued = conn._begin_waits is not None or conn._queue
+        if conn._pipeline is not None or not (queued or found & WRITES):
+            return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+        return self._riding_gen(found, pgq, prepare, binary)
+
+    def _riding_gen(
+        self, found: int, pgq: PostgresQuery, prepare: bool | None, binary: bool | None
+    ) -> PQGen[None]:
+        """A statement on which something may ride."""
+        conn: Any = self._conn
+        queued = conn._begin_waits is not None or conn._queue
+        if queued and not (found & conn._rides and conn._may_ride()):
+            yield from conn._flush_gen()
+            queued = False
+        unit = conn._unnumbered() if found & WRITES else None
+        if queued or unit is not None:
+            yield from self._together_gen(pgq, unit, prepare, binary)
+        else:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
 
     def _together_gen(
         self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None

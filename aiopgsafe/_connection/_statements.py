@@ -127,8 +127,10 @@ _STATEMENTS = (
 
 def traits_of(gen: PQGen[Any]) -> int:
     """`traits()` of what a generator sends, if it is one that sends a query."""
+    if getattr(gen, "__name__", "") not in _STATEMENTS:
+        return 0
     frame = getattr(gen, "gi_frame", None)
-    if frame is None or name_of(gen) not in _STATEMENTS:
+    if frame is None:
         return 0
     return traits(frame.f_locals["query"], frame.f_locals["self"])
 
