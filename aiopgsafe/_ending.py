@@ -13,7 +13,7 @@ import psycopg
 
 from . import _outcome
 from ._backends import Expired
-from ._errors import brief
+from ._errors import brief, mark_retry
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -310,8 +310,14 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
             verdict = _outcome.IS_COMMITTED
         except Expired:
             sent = True
-            verdict = unknown(None, _no_answer_in_time(session, section.shield))
-            session._drop("no answer to COMMIT")
+            if unit.state is COMMITTING:
+                verdict = unknown(None, _no_answer_in_time(session, section.shield))
+                session._drop("no answer to COMMIT")
+            else:
+                error = no_answer("ROLLBACK TO", session.commit_timeout)
+                mark_retry(error, safe=True)
+                verdict = Verdict(ROLLED_BACK, error)
+                session._drop("no answer to what goes before COMMIT")
         except BaseException as exc:
             if unit.state is not COMMITTING:
                 raise
@@ -322,9 +328,10 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
             sent, verdict = True, verdict_of_error(exc, prepared=unit.prepared)
             if verdict.state is UNKNOWN and verdict.error is not exc:
                 session._drop("it was lost while COMMIT was in flight")
-        if verdict.state is UNKNOWN and unit.ticket is not None and not unit.prepared:
+        ticket = unit.sent_ticket if verdict.state is UNKNOWN and not unit.prepared else None
+        if ticket is not None:
             until = max(until, monotonic() + session.cancel_timeout)
-            verdict = await look_up(session, section.shield, unit.ticket, verdict, until)
+            verdict = await look_up(session, section.shield, ticket, verdict, until)
         if sent:
             unit.advance(verdict.state)
             if block is not None:

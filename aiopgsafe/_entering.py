@@ -10,7 +10,7 @@ from psycopg.rows import Row
 
 from ._backends import Expired
 from ._ending import no_answer, roll_back, run
-from ._errors import mark_retry
+from ._errors import mark_retry, may_be_loss_of
 from ._outcome import ACTIVE, COMMITTING, PENDING, ROLLED_BACK, UNKNOWN, TransactionState
 from ._session import Session
 from ._shield import Shield
@@ -99,6 +99,10 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         session = self._session
         blocks = session._blocks
         in_transaction = session._begin_waits is not None
+        if blocks and not in_transaction and self.pgconn.transaction_status == IDLE:
+            # As the outermost block it would be committed, whatever becomes of them.
+            what = "has not begun: BEGIN failed" if session._unbegun else "has ended before it"
+            raise psycopg.OperationalError(f"the transaction around the block {what}")
         self._is_savepoint = in_transaction or self.pgconn.transaction_status != IDLE
         if self._is_savepoint:
             if self._begin is not None:
@@ -175,7 +179,9 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         """
         if exc is not None and self._unit.state is UNKNOWN:
             mark_retry(exc, safe=False)
-        elif lost and isinstance(exc, psycopg.OperationalError):
+        elif (
+            lost and isinstance(exc, psycopg.OperationalError) and may_be_loss_of(exc, self.pgconn)
+        ):
             mark_retry(exc, safe=True)
 
     def _leave(self) -> None:

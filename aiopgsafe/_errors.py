@@ -100,6 +100,20 @@ def mark_retry(exc: BaseException, *, safe: bool) -> None:
     setattr(exc, _SAFE, safe)
 
 
+_LOST = "_aiopgsafe_lost"
+
+
+def mark_lost(exc: BaseException, session: object) -> None:
+    """Note whose end an exception tells."""
+    setattr(exc, _LOST, session)
+
+
+def may_be_loss_of(exc: BaseException, session: object) -> bool:
+    """Whether `exc` may tell of this session's end: not of another's, or of more than that."""
+    other = getattr(exc, _LOST, session) is not session
+    return not other and not isinstance(exc, CommitUnknown) and not hasattr(exc, _SAFE)
+
+
 def safe_to_retry(exc: BaseException) -> bool:
     """Whether the transaction that `exc` ended may be run again, as a whole.
 

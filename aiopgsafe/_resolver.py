@@ -8,6 +8,7 @@ where both rule that out:
 
     in recovery, another system, status unknown (too old)     can't be known
     aborted                                                   rolled back
+    prepared (PREPARE TRANSACTION): open, also after a crash  ask again
     the same history: committed                               committed
                       in progress                             ask again
     another history:  in progress, or a number of the future  rolled back: the number was lost
@@ -25,7 +26,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from time import time
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -49,10 +51,11 @@ __all__ = [
 HISTORY = """
     select (select system_identifier::text from pg_catalog.pg_control_system()),
         pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8),
-        (select stats_reset::text from pg_catalog.pg_stat_bgwriter),
-        pg_catalog.pg_postmaster_start_time()::text,
+        (select extract(epoch from stats_reset)::text from pg_catalog.pg_stat_bgwriter),
+        extract(epoch from pg_catalog.pg_postmaster_start_time())::text,
         pg_catalog.pg_last_wal_replay_lsn()::text,
-        pid::text, backend_start::text, pg_catalog.pg_current_xact_id_if_assigned()::text,
+        pid::text, extract(epoch from backend_start)::text,
+        pg_catalog.pg_current_xact_id_if_assigned()::text,
         (select pg_catalog.bool_or(pg_catalog.has_function_privilege(oid, 'execute'))::text
             from pg_catalog.pg_proc where proname = 'pg_logical_emit_message')
     from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid())
@@ -62,6 +65,8 @@ HISTORY = """
 Any role may ask; not in recovery. ``stats_reset`` is renewed by every crash recovery and
 survives clean restarts. Somebody may renew it by hand (``pg_stat_reset_shared``): the last two
 columns of the history tell that from a crash, after which recovery has ended further on.
+Times are seconds: how a session writes a timestamp depends on its TimeZone and DateStyle, and who
+asks later may have others.
 """
 
 POSITION = """
@@ -82,11 +87,13 @@ ASK = """
         case when recovering then null else
             pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8)
             end,
-        (select stats_reset::text from pg_catalog.pg_stat_bgwriter),
-        pg_catalog.pg_postmaster_start_time()::text,
+        (select extract(epoch from stats_reset)::text from pg_catalog.pg_stat_bgwriter),
+        extract(epoch from pg_catalog.pg_postmaster_start_time())::text,
         pg_catalog.pg_last_wal_replay_lsn()::text,
         (select state from pg_catalog.pg_stat_activity
-            where pid = %(pid)s and backend_start::text = %(backend_start)s)
+            where pid = %(pid)s and extract(epoch from backend_start)::text = %(backend_start)s),
+        exists (select from pg_catalog.pg_prepared_xacts
+            where transaction = %(xid)s::text::pg_catalog.xid8::pg_catalog.xid)
     from pg_catalog.pg_is_in_recovery() recovering
 """
 """What the server is now, and what the session does whose COMMIT it was."""
@@ -96,7 +103,7 @@ STATUS = "select pg_catalog.pg_xact_status(%(xid)s::text::pg_catalog.xid8)"
 
 EVICT = """
     select pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity
-    where pid = %(pid)s and backend_start::text = %(backend_start)s
+    where pid = %(pid)s and extract(epoch from backend_start)::text = %(backend_start)s
         and state like 'idle in transaction%%'
 """
 """End a session that waits for a client that is gone: its COMMIT, arriving late, must find nothing.
@@ -114,7 +121,8 @@ class History:
 
     :ivar system: the database system identifier.
     :ivar timeline: hexadecimal, as in the names of WAL files.
-    :ivar recovered: when the statistics were reset: by the last crash recovery.
+    :ivar recovered: when the statistics were reset: by the last crash recovery. Seconds
+        since 1970, as text; so is
     :ivar started: when the server was.
     :ivar replayed: where the last recovery since then has ended; None if there was none.
     """
@@ -184,17 +192,27 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """The row that a transaction inserts with its COMMIT: see `aiopgsafe tokens create`."""
+    """The row that a transaction inserts with its COMMIT: see `aiopgsafe tokens create`.
+
+    :ivar made: when; seconds since 1970, by the client's clock.
+    :ivar database: in which the row is; None: in the one that is asked.
+    """
 
     token: str
+    made: float
+    database: str | None = None
     xid: None = None
 
     @classmethod
     def new(cls) -> Token:
-        return cls(str(uuid4()))
+        return cls(str(uuid4()), time())
+
+    def of_database(self, name: str) -> Token:
+        """For the ticket: who asks elsewhere finds no row, which tells nothing."""
+        return replace(self, database=name)
 
     def __str__(self) -> str:
-        return json.dumps({"token": self.token})
+        return json.dumps({"token": self.token, "made": self.made, "database": self.database})
 
     @property
     def where(self) -> str:
@@ -212,12 +230,14 @@ def parse_ticket(text: str) -> Ticket | Token:
     try:
         fields: dict[str, Any] = json.loads(text)
         if "token" in fields:
-            return Token(str(UUID(**{"hex": fields.pop("token"), **fields})))
+            return Token(str(UUID(fields["token"])), float(fields["made"]), str(fields["database"]))
         origin = fields["origin"]
         origin = Origin(**{**origin, "history": History(**origin["history"])})
         ticket = Ticket(**{**fields, "origin": origin})
         position(ticket.lsn)
         int(origin.history.timeline, 16)
+        for seconds in (origin.history.recovered, origin.history.started, origin.backend_start):
+            float(seconds)
         ints = isinstance(ticket.xid, int) and isinstance(origin.pid, int)
     except (TypeError, KeyError, AttributeError, ValueError) as exc:
         raise ValueError(f"this is no ticket of a transaction: {text!r}") from exc
@@ -231,6 +251,7 @@ class Answer(NamedTuple):
 
     :ivar system: None in recovery.
     :ivar session: its state, None if it has ended.
+    :ivar prepared: whether it waits for COMMIT PREPARED, or ROLLBACK PREPARED, by anybody.
     :ivar status: None if it is too old to be known.
     :ivar given_out: whether there is such a transaction at all.
     """
@@ -241,6 +262,7 @@ class Answer(NamedTuple):
     started: str | None
     replayed: str | None
     session: str | None
+    prepared: bool = False
     status: str | None = None
     given_out: bool = True
 
@@ -263,6 +285,8 @@ def judge(ticket: Ticket, answer: Answer) -> TransactionState | None:
         return None
     if answer.system != history.system:
         return UNKNOWN
+    if answer.prepared:
+        return None
     if answer.status == "aborted":
         return ROLLED_BACK
     if history.goes_on_in(answer.history):

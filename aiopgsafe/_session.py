@@ -73,11 +73,17 @@ class Session(Protocol):
     def _forget_queue(self) -> None:
         """Nothing waits any more."""
 
+    def _clear_queue(self) -> None:
+        """Nothing but BEGIN, if it does."""
+
     def _waits(self, savepoint: bytes) -> bool:
         """Whether this very SAVEPOINT waits."""
 
     def _drop_from(self, savepoint: bytes) -> None:
         """Drop a SAVEPOINT that waits, and what waits behind it."""
+
+    def _ticket(self, unit: Unit) -> Ticket | Token:
+        """For a program that will ask itself. Raises if there can be none."""
 
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of the transaction, and why it can't be known."""

@@ -68,17 +68,14 @@ class Transaction(Entering[Row]):
         killed in COMMIT. It is known after the first INSERT, UPDATE, DELETE or MERGE; with
         ``commit_token=True`` from the beginning.
 
+        With a token it is the block's end (or `AsyncConnection.commit()`) that makes it true:
+        a statement that is COMMIT itself is refused from then on.
+
         Raises `psycopg.NotSupportedError` where outcomes can't be asked for (`aiopgsafe doctor`
-        tells why), `psycopg.ProgrammingError` before the first such statement.
+        tells why), in a two-phase transaction (its coordinator knows), and with a token in one
+        that only reads; `psycopg.ProgrammingError` before the first such statement.
         """
-        ticket = self._unit.ticket
-        if ticket is None and self._session._origin is False:
-            raise psycopg.NotSupportedError(
-                "outcomes can't be asked for on this connection: use commit_token=True"
-            )
-        if ticket is None:
-            raise psycopg.ProgrammingError("the transaction has not written anything yet")
-        return str(ticket)
+        return str(self._session._ticket(self._unit))
 
     @property
     def savepoint_name(self) -> str | None:
@@ -279,9 +276,10 @@ class Transaction(Entering[Row]):
             session._drop_from(self._savepoint)
         elif not (self._is_savepoint and later and session._undo_later(self._undo())):
             # RELEASE of blocks inside it: superfluous, unless one of them has our name.
-            before = list(queue) if self._is_savepoint and self._sql("RELEASE") in queue else []
-            queue.clear()
-            session._undoing = False
+            before: list[bytes] = []
+            if self._is_savepoint and self._sql("RELEASE") in queue:
+                before = [command for command in queue if not command.startswith(b"DEALLOCATE")]
+            session._clear_queue()
             await roll_back(session, shield, [*before, *self._undo()])
             if not self._is_savepoint:
                 session._forget_queue()

@@ -47,7 +47,18 @@ class Unit:
     belongs to the connection and is settled by its `commit()` or `rollback()`.
     """
 
-    __slots__ = ("_lsn", "_xid", "callbacks", "give_back", "origin", "prepared", "state", "token")
+    __slots__ = (
+        "_lsn",
+        "_xid",
+        "callbacks",
+        "give_back",
+        "origin",
+        "prepared",
+        "state",
+        "ticketed",
+        "token",
+        "token_sent",
+    )
 
     def __init__(self, state: TransactionState = PENDING, with_token: bool = False) -> None:
         self.state = state
@@ -61,7 +72,10 @@ class Unit:
         """In two phases, and through the first: it outlives its session."""
         self.callbacks: list[Callback] = []
         self.token: Token | None = Token.new() if with_token else None
-        """Goes with COMMIT, if it is wanted."""
+        """Goes with COMMIT, if it is wanted and the transaction may write."""
+        self.token_sent = False
+        self.ticketed = False
+        """Whether somebody has the ticket: then COMMIT keeps what the ticket promises, or fails."""
         self.origin: Origin | None = None
         """Of the session: where its number is, if that is known."""
         self._xid = self._lsn = b""
@@ -79,13 +93,16 @@ class Unit:
         return int(self._xid) if self._xid else None
 
     @property
-    def ticket(self) -> Ticket | Token | None:
-        """What it takes to ask for the outcome; None while it couldn't be asked for."""
-        if self.token is not None:
-            return self.token
+    def number_ticket(self) -> Ticket | None:
+        """What it takes to ask for the outcome by the number; None while it isn't known."""
         if self.origin is None:
             return None
         return Ticket(int(self._xid), self._lsn.decode(), self.origin)
+
+    @property
+    def sent_ticket(self) -> Ticket | Token | None:
+        """What it takes to ask now. A token that was never sent tells nothing."""
+        return self.token if self.token_sent else self.number_ticket
 
     def advance(self, state: TransactionState) -> None:
         if state not in TRANSITIONS[self.state]:

@@ -32,10 +32,10 @@ COMMITTED, ROLLED_BACK, UNKNOWN = (
     TransactionState.UNKNOWN,
 )
 
-HERE = History("7", "00000001", "2026-01-01", "2026", None)
-TICKET = Ticket(100, "0/2000", Origin(HERE, 1, "2026-01-02"))
-SAME = Answer("7", "00000001", "2026-01-01", "2026", None, None)
-RECOVERED = Answer("7", "00000001", "2026-01-03", "2026", "0/3000", None)
+HERE = History("7", "00000001", "1767225600.000001", "1767000000.000001", None)
+TICKET = Ticket(100, "0/2000", Origin(HERE, 1, "1767312000.5"))
+SAME = Answer("7", "00000001", "1767225600.000001", "1767000000.000001", None, None)
+RECOVERED = Answer("7", "00000001", "1767398400.000001", "1767000000.000001", "0/3000", None)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,16 @@ RECOVERED = Answer("7", "00000001", "2026-01-03", "2026", "0/3000", None)
         # After a crash, or on a promoted standby.
         (RECOVERED._replace(status="committed"), COMMITTED),
         (RECOVERED._replace(status="committed", replayed="0/1FFF"), ROLLED_BACK),
-        (RECOVERED._replace(status="committed", replayed=None, started="2027"), UNKNOWN),
+        (RECOVERED._replace(status="committed", replayed=None, started="1798761600"), UNKNOWN),
         # Somebody has reset the statistics by hand: no recovery, the same history.
         (RECOVERED._replace(status="committed", replayed=None), COMMITTED),
         (RECOVERED._replace(status="in progress", replayed=None), None),
         (RECOVERED._replace(status="aborted"), ROLLED_BACK),
         (RECOVERED._replace(status="in progress"), ROLLED_BACK),
         (RECOVERED._replace(given_out=False), ROLLED_BACK),
+        # PREPARE TRANSACTION outlives a crash.
+        (SAME._replace(status="in progress", prepared=True), None),
+        (RECOVERED._replace(status="in progress", prepared=True), None),
         (RECOVERED._replace(status=None), UNKNOWN),
         (RECOVERED._replace(status="committed", timeline="00000002"), COMMITTED),
         (RECOVERED._replace(status="committed", timeline="00000003"), UNKNOWN),
@@ -68,13 +71,27 @@ def test_the_table(answer: Answer, state: TransactionState | None) -> None:
     assert judge(TICKET, answer) is state
 
 
+BY_LOCAL_TIME = str(
+    replace(TICKET, origin=replace(TICKET.origin, backend_start="2026-01-02 03:04"))
+)
+
+
 def test_a_ticket_is_written_and_read() -> None:
     assert parse_ticket(str(TICKET)) == TICKET
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "1", "x", str(TICKET)[:-1], str(replace(TICKET, lsn="nowhere"))],
+    [
+        "",
+        "{}",
+        "[]",
+        "1",
+        "x",
+        str(TICKET)[:-1],
+        str(replace(TICKET, lsn="nowhere")),
+        BY_LOCAL_TIME,
+    ],
 )
 def test_what_is_no_ticket_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no ticket"):

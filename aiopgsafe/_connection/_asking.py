@@ -38,11 +38,22 @@ MAX_PAUSE = 0.5
 PATIENCE = 2
 """Questions that find the session idle before it is ended: its COMMIT may just be arriving."""
 
+MAY_WRITE = b"set default_transaction_read_only to off"
 ADD_TOKEN = b"""
     insert into aiopgsafe.token (token, resolved) values (%(token)s::uuid, true)
     on conflict do nothing
 """
-READ_TOKEN = b"select resolved from aiopgsafe.token where token = %(token)s::uuid"
+READ_TOKEN = b"""
+    select resolved, (
+        select extract(epoch from created) from aiopgsafe.token
+        where token = '00000000-0000-0000-0000-000000000000'::uuid
+    )
+    from aiopgsafe.token where token = %(token)s::uuid
+"""
+"""Also up to when tokens have been deleted: by the row that `aiopgsafe tokens prune` keeps."""
+
+CLOCKS_APART = 3600.0
+"""Seconds that the clocks of client and server may differ by: a token may be that much older."""
 
 
 async def look_up(
@@ -66,7 +77,7 @@ async def look_up(
                     conn = await reach()
                 left = max(until - monotonic(), 0.1)
                 if isinstance(ticket, Token):
-                    return await _redeem(conn, ticket, left, origin), ""
+                    return await _redeem(conn, ticket, left, origin)
                 asked += 1
                 state, why = await _ask(conn, ticket, left, evict=asked > PATIENCE)
                 if state is not None:
@@ -101,6 +112,8 @@ async def _ask(
     except errors.InvalidParameterValue:
         answer = answer._replace(given_out=False)
     state = judge(ticket, answer)
+    if state is None and answer.prepared:
+        return None, "it is prepared (PREPARE TRANSACTION) and open"
     if state is None and evict:
         await conn._ask(EVICT.encode(), left, values)
     if state is UNKNOWN:
@@ -110,16 +123,23 @@ async def _ask(
 
 async def _redeem(
     conn: AsyncConnection[Any], token: Token, left: float, origin: Origin | None
-) -> TransactionState:
+) -> tuple[TransactionState, str]:
     """Insert the transaction's own row: then it never can, or it has, and it is committed.
 
     An open transaction that has inserted it is waited for. That the answer of our own
     COMMIT may get lost is no harm: who asks again finds the row marked.
     """
+    if token.database not in (None, conn.info.dbname):
+        return UNKNOWN, f"its token is in another database: {token.database}"
     values: Params = {"token": token.token}
+    await conn._ask(MAY_WRITE, left)
     await conn._ask(ADD_TOKEN, left, values)
-    ((resolved,),) = await conn._ask(READ_TOKEN, left, values)
-    if resolved and origin is not None:
+    ((resolved, deleted_until),) = await conn._ask(READ_TOKEN, left, values)
+    if not resolved:
+        return COMMITTED, ""
+    if origin is not None:
         # It may wait for its client for ever, and others for its locks.
         await conn._ask(EVICT.encode(), left, origin.session)
-    return ROLLED_BACK if resolved else COMMITTED
+    if deleted_until is not None and token.made < float(deleted_until) + CLOCKS_APART:
+        return UNKNOWN, "tokens as old as its have been deleted"
+    return ROLLED_BACK, ""

@@ -25,6 +25,7 @@ from .. import _backends
 from .._backends import Expired, Waiter
 from .._backends._lock import Lock
 from .._ending import Section
+from .._errors import mark_lost
 from .._transaction import Transaction
 from .._unit import Unit
 from ._connecting import add_option, attempts, check_timeout, connect_error
@@ -35,7 +36,7 @@ from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, traits_of
+from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, traits_of
 
 if TYPE_CHECKING:
     from psycopg.abc import AdaptContext, ConnParam, Params, PQGen
@@ -117,7 +118,8 @@ class AsyncConnection(Endings[Row]):
         self._names = {}
         self._preparing = []
         self._numbers = 0
-        self._reads_only = False
+        self._writes = None
+        self._others = False
         self._begin_waits = None
         self._queue = []
         self._rider = None
@@ -256,7 +258,15 @@ class AsyncConnection(Endings[Row]):
         return result
 
     def _note(self, found: int) -> None:
-        """Note what a statement's traits say of the session."""
+        """Note what a statement's traits say of the session, before it is sent."""
+        unit = self._current_unit if found & ENDS else None
+        if unit is not None and unit.token is not None and unit.ticketed:
+            raise psycopg.ProgrammingError(
+                "somebody has the transaction's ticket, whose token goes with the COMMIT of its"
+                " block or of AsyncConnection.commit(): end it by these"
+            )
+        if found & ACCESS:
+            self._writes = None
         if found & LISTENS:
             self._told.listening = True
         if found & FORGETS:
@@ -288,6 +298,8 @@ class AsyncConnection(Endings[Row]):
                 await self._settle_signalled(exc)
             if isinstance(exc, errors.ReadOnlySqlTransaction):
                 self._write_refused = True  # a pool asks why
+            if isinstance(exc, psycopg.OperationalError) and self.pgconn.status != OK:
+                mark_lost(exc, self.pgconn)
             raise
         if self._signalled is not None and self._signalled.over:
             try:

@@ -21,7 +21,7 @@ from .._ending import acquire_shielded, run
 from .._shield import Shield
 from ._copy import AsyncCopy
 from ._query import CachingQuery
-from ._riding import POSITION_QUERY
+from ._riding import POSITION_QUERY, is_undefined_name
 from ._statements import ENDS, NOTED, WRITES, traits_of_text
 from ._together import check, collect_gen, leave_pipeline_mode, rest_gen
 
@@ -161,9 +161,9 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         """psycopg's. BEGIN and SAVEPOINT ride before the statement, the number behind it."""
         conn: Any = self._conn
         self._traits = found = traits_of_text(pgq.query)
-        if found & NOTED:
-            conn._note(found)
         queued = conn._begin_waits is not None or conn._queue
+        if found & NOTED and not queued:
+            conn._note(found)
         if conn._pipeline is not None or not (queued or found & WRITES):
             return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
         return self._riding_gen(found, pgq, prepare, binary)
@@ -177,6 +177,8 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if queued and not (found & conn._rides and conn._may_ride()):
             yield from conn._flush_gen()
             queued = False
+        if found & NOTED:  # of the transaction that has begun now
+            conn._note(found)
         unit = conn._unnumbered() if found & WRITES else None
         if queued or unit is not None:
             yield from self._together_gen(pgq, unit, prepare, binary)
@@ -191,6 +193,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         pgconn = self._pgconn
         prep, name = conn._prepared.get(pgq, prepare)
         asks = conn._origin is None and conn._asks()
+        waiting = (conn._begin_waits, conn._queue)
         try:
             pgconn.enter_pipeline_mode()
             if asks:
@@ -222,6 +225,11 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         elif key is not None:
             conn._prepared.validate(key, prep, name, own)
         if not good:
+            if waiting[0] is not None and is_undefined_name(results[0]):
+                # A DEALLOCATE inside a function. Nothing has been executed: once more, without.
+                conn._begin_waits, conn._queue = waiting
+                yield from self._together_gen(pgq, unit, prepare, binary)
+                return
             check(results[:before], pgconn)
         conn._unbegun = False
         if unit is not None:
@@ -246,6 +254,12 @@ class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
     """psycopg's, with a `close()` that an interruption waits for: CLOSE takes no time."""
 
     __module__ = "aiopgsafe"
+
+    def _close_gen(self) -> PQGen[None]:
+        conn: Any = self._conn
+        if conn._undoing:  # psycopg's closes nothing in a failed transaction
+            yield from conn._flush_gen()
+        yield from super()._close_gen()
 
     async def close(self) -> None:
         """Close the cursor and free its resources on the server. Shielded."""

@@ -31,6 +31,23 @@ class Endings(ConnectionEvents[Row]):
     _section: Section | None
     _reach: Reach
 
+    def _ticket(self, unit: Unit) -> Ticket | Token:
+        """See `Transaction.ticket()`."""
+        if self._tpc is not None:
+            raise psycopg.NotSupportedError("in two phases the coordinator knows the outcome")
+        if unit.token is not None:
+            if self._may_write() is False:
+                raise psycopg.NotSupportedError("a transaction that only reads has no token")
+            unit.ticketed = True
+            return unit.token.of_database(self.info.dbname)
+        if (ticket := unit.number_ticket) is not None:
+            return ticket
+        if self._origin is False:
+            raise psycopg.NotSupportedError(
+                "outcomes can't be asked for on this connection: use commit_token=True"
+            )
+        raise psycopg.ProgrammingError("the transaction has not written anything yet")
+
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of a transaction whose COMMIT was lost, and what was tried to know it."""
         origin = self._origin if isinstance(self._origin, Origin) else None

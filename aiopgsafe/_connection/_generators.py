@@ -71,6 +71,7 @@ class EndingGenerators(Riding[Row]):
         if self.pgconn.transaction_status == IDLE and self._begin_waits is None:
             if self._unit is not None:
                 self._forget_unit()
+            self._writes = None  # if the program begins one itself
             if self._blocks:
                 pass
             elif not self._autocommit:
@@ -78,6 +79,8 @@ class EndingGenerators(Riding[Row]):
                 self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
         if (self._rider is None or self._pipeline) and self._queued:
             yield from self._flush_gen()
+        if self._rider is None:
+            self._others = True
 
     def _ended_by_statement(self, error: BaseException | None) -> None:
         """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
@@ -90,17 +93,18 @@ class EndingGenerators(Riding[Row]):
         status = self.pgconn.transaction_status
         if isinstance(error, psycopg.Error) and status in (INTRANS, INERROR):
             return
-        for unit in (self._blocks[-1]._unit if self._blocks else None, self._unit):
-            if unit is not None and unit.state is TransactionState.ACTIVE:
-                unit.advance(TransactionState.UNKNOWN)
-                unit.take()
+        if self._blocks:
+            lose_sight_of(self._blocks[-1]._unit)
+        if self._tpc is None:
+            self._forget_unit()
+        elif self._unit is not None:
+            lose_sight_of(self._unit)
 
     def _forget_unit(self) -> None:
         """A statement ended the transaction (COMMIT or ROLLBACK): which, we don't know."""
         unit, self._unit = self._unit, None
-        if unit is not None and unit.state is TransactionState.ACTIVE:
-            unit.advance(TransactionState.UNKNOWN)
-            unit.take()
+        if unit is not None:
+            lose_sight_of(unit)
 
     def _sync_gen(self) -> PQGen[None]:
         self._check_connection_ok()
@@ -118,21 +122,25 @@ class EndingGenerators(Riding[Row]):
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         if self._undoing:
             yield from self._flush_gen()
-        self._queue.clear()  # RELEASE
+        self._clear_queue()  # RELEASE
+        lives = self.pgconn.transaction_status == INTRANS
+        if lives and unit.token is not None and not unit.ticketed:
+            if self._writes is None:
+                self._writes = yield from self._ask_access_gen()
+            if not self._writes:
+                unit.token = None
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
         commands = [b"COMMIT"]
-        lives = self.pgconn.transaction_status == INTRANS
-        if unit.token is not None and self._cannot_write():
-            unit.token = None
         if lives and unit.token is not None:
             # In one message with COMMIT: a session that has inserted it never waits.
             commands.insert(0, unit.token.insert)
+            unit.token_sent = True
         if lives and self._limited:
             # A timeout cancels even the wait for synchronous replication: committed
             # here, and not there.
             commands.insert(0, NO_TIMEOUT)
-        unnumbered = unit.origin is None and unit.token is None and not self._reads_only
+        unnumbered = unit.origin is None and unit.token is None and self._writes is not False
         if lives and self._origin and unnumbered:
             result = yield from self._numbered_commit_gen(unit, commands)
         else:
@@ -208,14 +216,16 @@ class EndingGenerators(Riding[Row]):
             self._check_not_active()
         return (yield from self._send_commit_gen(unit))
 
-    def _cannot_write(self) -> bool:
-        """Whether the transaction is one that only reads, as far as the session knows."""
-        if self._reads_only or self.pgconn.parameter_status(b"in_hot_standby") == b"on":
-            return True
-        return (
-            self.pgconn.parameter_status(b"default_transaction_read_only") == b"on"
-            and self.read_only is not False
-        )
+    def _ask_access_gen(self) -> PQGen[bool]:
+        """Whether the transaction may write: one that the program began, or changed, itself."""
+        query = b"SHOW transaction_read_only"
+        if self._pipeline:
+            (result,) = yield from self._pipelined_gen([query])
+        else:
+            self.pgconn.send_query(query)
+            result = (yield from generators.execute(self.pgconn))[-1]
+        check([result], self.pgconn)
+        return result.get_value(0, 0) == b"off"
 
     def _rollback_gen(self) -> PQGen[None]:
         if not self._num_transactions:  # refused inside a block
@@ -235,6 +245,7 @@ class EndingGenerators(Riding[Row]):
                 "can't start two-phase transaction: the connection is in a transaction"
             )
         yield from super()._tpc_begin_gen(xid)
+        self._writes, self._others = None, True
         self._unit = Unit(TransactionState.ACTIVE, self.commit_token)
 
     def _tpc_prepare_gen(self) -> PQGen[None]:
@@ -300,6 +311,13 @@ class EndingGenerators(Riding[Row]):
     def _forget_prepared_gen(self) -> PQGen[None]:
         self._prepared.clear()
         yield from self._prepared.maintain_gen(self)
+
+
+def lose_sight_of(unit: Unit) -> None:
+    """Somebody else has ended the transaction: how, the program may know; we don't."""
+    if unit.state is TransactionState.ACTIVE:
+        unit.advance(TransactionState.UNKNOWN)
+        unit.take()
 
 
 def not_begun() -> psycopg.OperationalError:

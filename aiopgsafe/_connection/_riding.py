@@ -59,8 +59,7 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
-    :ivar _names: of what we have prepared: BEGIN, SAVEPOINT, RELEASE, and the query for the
-        number.
+    :ivar _names: of what we have prepared: BEGIN, and the query for the number.
     :ivar _begin_waits: the BEGIN that goes before the next statement; empty: as the
         connection's attributes say.
     :ivar _queue: SAVEPOINT and RELEASE that go there, behind it.
@@ -85,7 +84,8 @@ class Riding(psycopg.AsyncConnection[Row]):
     _names: dict[bytes, bytes]
     _preparing: list[tuple[int, bytes]]
     _numbers: int
-    _reads_only: bool  # what the transaction was begun as
+    _writes: bool | None  # whether the transaction may write; None: the server has to say
+    _others: bool  # whether other cursors than ours have been used in it
     _blocks: list[Transaction[Any]]
     _unit: Unit | None
 
@@ -129,15 +129,31 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _take_queue(self, time_left: float | None = None) -> list[bytes]:
         """Whoever takes it sends it at once: without BEGIN statements would be on their own."""
-        commands, self._queue = self._queue, []
+        queue, self._queue = self._queue, []
         self._undoing = False
-        if self._begin_waits is not None:
-            if time_left is None:
-                time_left = self._time_left() if self.send_deadline else inf
-            commands[:0] = self._begin_commands(time_left, self._begin_waits or None)
-            self._begin_waits, self._unbegun = None, True
-            self._reads_only = b"READ ONLY" in commands[0]
-        return commands
+        if self._begin_waits is None:
+            return queue
+        if time_left is None:
+            time_left = self._time_left() if self.send_deadline else inf
+        begin = self._begin_commands(time_left, self._begin_waits or None)
+        self._begin_waits, self._unbegun = None, True
+        self._writes, self._others = self._begun_to_write(begin[0]), False
+        return begin + queue
+
+    def _begun_to_write(self, begin: bytes) -> bool | None:
+        """Whether a transaction that begins like this may write, if that is known."""
+        if b"READ ONLY" in begin or self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+            return False
+        if b"READ WRITE" in begin:
+            return True
+        by_default = self.pgconn.parameter_status(b"default_transaction_read_only")
+        return None if by_default is None else by_default == b"off"
+
+    def _may_write(self) -> bool | None:
+        """Whether the transaction may, that was begun or is to be; None: that isn't known."""
+        if self._begin_waits is None:
+            return self._writes
+        return self._begun_to_write(self._begin_waits or self._get_tx_start_command())
 
     def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
         """Send what waits, in a round trip of its own."""
@@ -149,8 +165,14 @@ class Riding(psycopg.AsyncConnection[Row]):
             self._unbegun = False
 
     def _forget_queue(self) -> None:
-        self._begin_waits, self._unbegun, self._undoing = None, False, False
+        self._begin_waits, self._unbegun = None, False
+        self._clear_queue()
+
+    def _clear_queue(self) -> None:
+        if DEALLOCATE in self._queue:
+            self._prepared._to_flush.append(None)  # it is still to be done
         self._queue.clear()
+        self._undoing = False
 
     def _undo_later(self, commands: Sequence[bytes]) -> bool:
         """Let ROLLBACK TO and RELEASE wait, if the server has undone the savepoint by itself.
@@ -160,7 +182,7 @@ class Riding(psycopg.AsyncConnection[Row]):
         then, and somebody may wait for them.
         """
         failed = self.pgconn.transaction_status == INERROR
-        if not failed or self._queue or self._by_hand or self._pipeline or not self._rides:
+        if not failed or self._queue or self._by_hand or self._others or self._pipeline:
             return False
         self._queue += commands
         if self._prepared.clear():  # as psycopg does: they may refer to what is gone
@@ -190,15 +212,17 @@ class Riding(psycopg.AsyncConnection[Row]):
         """What waits, into a pipeline. How many results come."""
         if self._begin_waits is None and not self._queue:
             return 0
+        begins = self._begin_waits is not None
         commands = self._take_queue()
-        if DEALLOCATE in commands:  # of ours, too
-            for command in commands:
-                self.pgconn.send_query_params(command, None)
-            self._names.clear()
-            return len(commands)
         before = 0
         for command in commands:
-            before += self._send(command, before)
+            if begins and not before:
+                before = self._send(command, 0)
+            else:
+                self.pgconn.send_query_params(command, None)
+                before += 1
+        if DEALLOCATE in commands:  # of ours, too
+            self._names.clear()
         return before
 
     def _send_history(self) -> None:
@@ -222,6 +246,9 @@ class Riding(psycopg.AsyncConnection[Row]):
     def _send(self, command: bytes, at: int) -> int:
         """Into a pipeline, prepared. How many results come: two if it is prepared only now.
 
+        For what a failure can't harm: what is prepared may be gone without our seeing it, by a
+        DEALLOCATE inside a function.
+
         :param at: how many come before it.
         """
         name = self._names.get(command)
@@ -240,18 +267,13 @@ class Riding(psycopg.AsyncConnection[Row]):
         return 2
 
     def _prepared_now(self, results: Results) -> None:
-        """Forget what could not be prepared: behind an error nothing is.
-
-        What the server has forgotten without our seeing it (a DEALLOCATE inside a function)
-        is prepared anew, too: InvalidSqlStatementName tells of it.
-        """
+        """Forget what could not be prepared, or is no more: behind an error nothing is."""
         for at, command in self._preparing:
             if at >= len(results) or results[at].status != COMMAND_OK:
                 self._names.pop(command, None)
         self._preparing.clear()
-        for result in results:
-            if result.status == FATAL_ERROR and result.error_field(SQLSTATE) == UNDEFINED_NAME:
-                self._names.clear()
+        if any(map(is_undefined_name, results)):
+            self._names.clear()
 
     def _numbered(self, unit: Unit, result: PGresult) -> None:
         """Note the number of the unit's transaction, if it has one."""
@@ -357,6 +379,11 @@ _answering: dict[tuple[bytes, ...], bool] = {}
 Of the first connection there nothing is known: a query of ours that fails would take the
 program's transaction with it. So its first BEGIN has a round trip of its own.
 """
+
+
+def is_undefined_name(result: PGresult) -> bool:
+    """Whether a prepared statement was not there."""
+    return result.status == FATAL_ERROR and result.error_field(SQLSTATE) == UNDEFINED_NAME
 
 
 class Info(ConnectionInfo):

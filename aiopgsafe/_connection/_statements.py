@@ -14,16 +14,17 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-LISTENS, ENDS, WRITES, FORGETS, RIDES, BY_HAND = 1, 2, 4, 8, 16, 32
+LISTENS, ENDS, WRITES, FORGETS, RIDES, BY_HAND, ACCESS = 1, 2, 4, 8, 16, 32, 64
 """Traits: it may contain LISTEN; one of its commands ends the transaction; it is a single
 INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements; it may go in one pipeline
-with others; it may treat savepoints."""
+with others; it may treat savepoints; it may change whether its transaction may write."""
 
-NOTED = LISTENS | ENDS | FORGETS | BY_HAND
+NOTED = LISTENS | ENDS | FORGETS | BY_HAND | ACCESS
 """Traits that the connection must know of."""
 
 _WORDS = (b"commit", b"end", b"rollback", b"abort", b"prepare")
-_NOTED_WORDS = (b"listen", b"deallocate", b"discard", b"savepoint", b"release")
+_NOTED_WORDS = (b"listen", b"deallocate", b"discard", b"savepoint", b"release", b"read")
+_ACCESS = re.compile(rb"read[\s_]+(?:only|write)")
 _ENDING = re.compile(
     rb"(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
     rb"|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",  # to a savepoint
@@ -34,7 +35,7 @@ _TOKEN = re.compile(
     | '(?:[^']|'')*+(?:'|\Z)
     | "(?:[^"]|"")*+(?:"|\Z)
     | \$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|\Z)
-    | --[^\n]*+
+    | --[^\n\r]*+
     | /\*
     | ;
     | [A-Za-z_\x80-\xff][\w$\x80-\xff]*+
@@ -71,7 +72,9 @@ def traits_of_text(query: str | bytes) -> int:
         found |= ENDS
     if _DML.match(lower.lstrip()) and b";" not in lower:
         found |= WRITES
-    if not found & ENDS and rides(lower):
+    if _ACCESS.search(lower):
+        found |= ACCESS
+    if not found & (ENDS | FORGETS | ACCESS) and rides(lower):
         found |= RIDES
     return found
 
@@ -92,19 +95,25 @@ def ends_transaction(text: bytes) -> bool:
 
 
 def _firsts(text: bytes) -> Iterator[re.Match[bytes]]:
-    """The first token of each command."""
-    at, first = 0, True
+    """The first token of each command. A function's body in SQL (BEGIN ATOMIC) is part of one."""
+    at, first, depth, before = 0, True, 0, b""
     while (token := _TOKEN.search(text, at)) is not None:
         at = token.end()
-        word = token.group()
+        word = token.group().lower()
         if word == b"/*":
             at = _end_of_comment(text, token.start())
+        elif word.startswith(b"--"):
+            pass
+        elif depth:
+            depth += (word == b"case") - (word == b"end")
         elif word == b";":
             first = True
-        elif not word.startswith(b"--"):
-            if first:
-                yield token
+        elif word == b"atomic" and before == b"begin" and not first:
+            depth = 1
+        elif first:
+            yield token
             first = False
+        before = word
 
 
 def _end_of_comment(text: bytes, start: int) -> int:

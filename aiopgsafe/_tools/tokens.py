@@ -18,10 +18,18 @@ CREATE = b"""
     )
 """
 
+NIL = "00000000-0000-0000-0000-000000000000"
+
+KEEP = b"""
+    insert into aiopgsafe.token (token, created) values (%s, now() - make_interval(secs => %s))
+    on conflict (token) do update set created = greatest(token.created, excluded.created)
+"""
+"""Up to when tokens were deleted: who asks for an older one is not told that it was never there."""
+
 PRUNE = b"""
     delete from aiopgsafe.token where token in (
         select token from aiopgsafe.token
-        where created < now() - make_interval(secs => %s)
+        where created < now() - make_interval(secs => %s) and token <> %s
         limit %s for update skip locked
     )
 """
@@ -50,8 +58,9 @@ async def _create(dsn: str) -> int:
 async def _prune(dsn: str, older_than: float) -> int:
     deleted = 0
     async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
+        await conn.execute(KEEP, (NIL, older_than))
         while True:
-            cur = await conn.execute(PRUNE, (older_than, BATCH))
+            cur = await conn.execute(PRUNE, (older_than, NIL, BATCH))
             deleted += cur.rowcount
             if cur.rowcount < BATCH:
                 break
