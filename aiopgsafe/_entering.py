@@ -91,8 +91,15 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
 
     def _can_wait(self) -> bool:
         """Whether BEGIN, SAVEPOINT or RELEASE can ride on the next statement."""
-        ready = self.pgconn.transaction_status in (IDLE, INTRANS) or self._session._undoing
-        return ready and "\0" not in self._name
+        if self.pgconn.transaction_status not in (IDLE, INTRANS) and not self._session._undoing:
+            return False
+        name = self._name
+        if not name:
+            return True
+        # One of a name that a block around it has, too, must be known to be there: ROLLBACK TO
+        # would hit the other one.
+        blocks = self._session._blocks
+        return "\0" not in name and all(b is self or b._name != name for b in blocks)
 
     def _enter(self) -> None:
         """Queue BEGIN, or SAVEPOINT."""

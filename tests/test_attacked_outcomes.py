@@ -277,7 +277,7 @@ async def test_a_token_that_was_deleted_is_not_taken_for_one_that_never_was(
     admin.execute(
         "insert into aiopgsafe.token (token) values ('00000000-0000-0000-0000-000000000000')"
     )
-    admin.execute("delete from aiopgsafe.token where token::text !~ '^0'")
+    admin.execute("delete from aiopgsafe.token where token::text !~ '^00000000-0000'")
     assert await resolve_commit(ticket, dsn) is UNKNOWN
 
 

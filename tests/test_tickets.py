@@ -124,7 +124,7 @@ async def test_what_could_not_be_prepared_is_prepared_later(conn: Conn, admin: A
         await conn.execute("insert into t values (2)")
         assert tx.xid is not None
     found = "select count(*) from pg_prepared_statements where name like '_aiopgsafe%'"
-    assert await (await conn.execute(found)).fetchone() == (2,)  # BEGIN, the number
+    assert await (await conn.execute(found)).fetchone() == (3,)  # BEGIN, SAVEPOINT, the number
 
 
 async def test_a_deallocate_that_nobody_sees_costs_nothing(conn: Conn, admin: Admin) -> None:

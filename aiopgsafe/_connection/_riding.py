@@ -59,7 +59,8 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
-    :ivar _names: of what we have prepared: BEGIN, and the query for the number.
+    :ivar _names: of what we have prepared: BEGIN, SAVEPOINT, RELEASE, and the query for the
+        number.
     :ivar _begin_waits: the BEGIN that goes before the next statement; empty: as the
         connection's attributes say.
     :ivar _queue: SAVEPOINT and RELEASE that go there, behind it.
@@ -212,17 +213,15 @@ class Riding(psycopg.AsyncConnection[Row]):
         """What waits, into a pipeline. How many results come."""
         if self._begin_waits is None and not self._queue:
             return 0
-        begins = self._begin_waits is not None
         commands = self._take_queue()
+        if DEALLOCATE in commands:  # of ours, too
+            for command in commands:
+                self.pgconn.send_query_params(command, None)
+            self._names.clear()
+            return len(commands)
         before = 0
         for command in commands:
-            if begins and not before:
-                before = self._send(command, 0)
-            else:
-                self.pgconn.send_query_params(command, None)
-                before += 1
-        if DEALLOCATE in commands:  # of ours, too
-            self._names.clear()
+            before += self._send(command, before)
         return before
 
     def _send_history(self) -> None:
@@ -245,9 +244,6 @@ class Riding(psycopg.AsyncConnection[Row]):
 
     def _send(self, command: bytes, at: int) -> int:
         """Into a pipeline, prepared. How many results come: two if it is prepared only now.
-
-        For what a failure can't harm: what is prepared may be gone without our seeing it, by a
-        DEALLOCATE inside a function.
 
         :param at: how many come before it.
         """
