@@ -49,7 +49,7 @@ STOREYS = [
 ]
 """From top to bottom: a module may import what stands above it."""
 
-PUBLIC_ONLY = ["testing", "_demo", "_tools", "cli", "__main__"]
+PUBLIC_ONLY = ["fastapi", "testing", "_demo", "_tools", "cli", "__main__"]
 """These see what users see."""
 
 

@@ -1,0 +1,235 @@
+"""A `Database` in a FastAPI application.
+
+    db = Database("...")
+    app = FastAPI(lifespan=lifespan(db))
+    app.add_middleware(cancel_on_disconnect)
+    add_exception_handlers(app)
+    app.include_router(health_router())
+
+    @app.post("/transfers")
+    async def transfer(tx: CurrentTransaction) -> None:
+        await tx.execute(...)
+
+The last one's COMMIT comes before its response: who is answered 2xx is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated, Any, TypeAlias, cast
+
+import anyio
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import AsyncConnection, CommitUnknown, Database, Draining, Transaction
+
+__all__ = [
+    "CurrentConnection",
+    "CurrentDatabase",
+    "CurrentTransaction",
+    "add_exception_handlers",
+    "cancel_on_disconnect",
+    "health_router",
+    "lifespan",
+]
+
+DATABASE = "aiopgsafe"
+"""In the state of the application."""
+
+
+def lifespan(
+    db: Database[Any], *, grace: float = 30.0, wait: bool = True
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """For ``FastAPI(lifespan=...)``: open the database, and drain and close it at the end.
+
+    A server (uvicorn, hypercorn) that is told to stop lets the requests end first; what is
+    left then, background tasks, streams, has `grace` seconds.
+
+    :param grace: seconds, as in `Database.drain()`.
+    :param wait: whether an application whose database can't be reached does not start.
+
+    Raises `ValueError` for a negative `grace`.
+    """
+    if not grace >= 0:
+        raise ValueError(f"grace is a number of seconds, not negative: {grace}")
+
+    @asynccontextmanager
+    async def span(app: FastAPI) -> AsyncIterator[None]:
+        await db.open(wait)
+        try:
+            setattr(app.state, DATABASE, db)
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                await db.drain(grace)
+
+    return span
+
+
+def current_database(connection: HTTPConnection) -> Database[Any]:
+    """The database of the application that a request, or a websocket, belongs to.
+
+    Raises `RuntimeError` if the application has no `lifespan()` of ours.
+    """
+    db = getattr(connection.app.state, DATABASE, None)
+    if db is None:
+        raise RuntimeError("no database: FastAPI(lifespan=aiopgsafe.fastapi.lifespan(db))")
+    return cast("Database[Any]", db)
+
+
+CurrentDatabase: TypeAlias = Annotated[Database[Any], Depends(current_database)]
+"""The application's `Database`."""
+
+
+async def _connection(db: CurrentDatabase) -> AsyncGenerator[AsyncConnection[Any], None]:
+    async with db.connection() as conn:
+        yield conn
+
+
+async def _transaction(db: CurrentDatabase) -> AsyncGenerator[Transaction[Any], None]:
+    async with db.transaction() as tx:
+        yield tx
+
+
+# Before the response: with FastAPI's own scope the client has its 200 before the COMMIT, and a
+# stream that it reads slowly keeps the connection.
+
+CurrentConnection: TypeAlias = Annotated[
+    AsyncConnection[Any], Depends(_connection, scope="function")
+]
+"""A connection of the pool's, until the function has returned; a transaction is committed then."""
+
+CurrentTransaction: TypeAlias = Annotated[Transaction[Any], Depends(_transaction, scope="function")]
+"""A transaction, committed when the function has returned and before the response is sent.
+
+Rolled back if the function raises, `HTTPException` too. What goes through the database in the
+function (`db.execute()`, `db.transaction()`, `db.atomic`) belongs to it.
+"""
+
+
+def cancel_on_disconnect(app: ASGIApp) -> ASGIApp:
+    """Middleware that cancels a request whose client has gone: ``app.add_middleware(...)``.
+
+    Its query is cancelled on the server then, and its connection used again. Without it a
+    plain function runs to its end, for nobody. A COMMIT that has been sent is seen through.
+    Add it last: the middleware that is added last is the outermost.
+    """
+    return _CancelOnDisconnect(app)
+
+
+class _CancelOnDisconnect:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        watched = _Watched(receive, send)
+        error: Exception | None = None
+        async with watched.messages, anyio.create_task_group() as tasks:
+            tasks.start_soon(watched.watch, tasks.cancel_scope)
+            try:
+                await self._app(scope, watched.receive, watched.send)
+            except Exception as exc:  # not in an ExceptionGroup: handlers go by its class
+                error = exc
+            tasks.cancel_scope.cancel()
+        if error is not None:
+            raise error
+
+
+class _Watched:
+    """A request whose client is watched: what the server says of it goes through here.
+
+    The body is read no further ahead of the application than a message or two: it may be
+    large, and is not for us to keep. Behind its end the client's disconnecting is all that
+    can still come.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._passed_on, self.messages = anyio.create_memory_object_stream[Message](1)
+        self._answered = False
+
+    async def receive(self) -> Message:
+        """For the application."""
+        try:
+            return await self.messages.receive()
+        except anyio.EndOfStream:
+            return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Of the application."""
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            # The server calls the end of its answer a disconnecting, too: what still runs
+            # then, background tasks, is not the client's.
+            self._answered = True
+        await self._send(message)
+
+    async def watch(self, scope: anyio.CancelScope) -> None:
+        """Cancel when the client has gone."""
+        with self._passed_on:
+            while (message := await self._receive())["type"] != "http.disconnect":
+                await self._passed_on.send(message)
+        if not self._answered:
+            scope.cancel()
+
+
+RETRY_AFTER = 1
+"""Seconds, for a client that was refused: another instance may have a place sooner."""
+
+
+def add_exception_handlers(app: FastAPI) -> None:
+    """Answer what the database raises.
+
+    503 with Retry-After: no connection was free in time (`PoolTimeout`, `TooManyRequests`),
+    or the application stops (`Draining`, `PoolClosed`). Nothing was executed.
+
+    500, saying "unknown": `CommitUnknown`. A client must not repeat what isn't idempotent.
+    """
+    for error in (PoolTimeout, TooManyRequests, PoolClosed, Draining):
+        app.add_exception_handler(error, _unavailable)
+    app.add_exception_handler(CommitUnknown, _unknown)
+
+
+async def _unavailable(request: Request, exc: Exception) -> JSONResponse:
+    return JSONResponse(
+        {"detail": "The database has no connection to spare."},
+        status_code=503,
+        headers={"Retry-After": str(RETRY_AFTER)},
+    )
+
+
+async def _unknown(request: Request, exc: Exception) -> JSONResponse:
+    detail = "The outcome is unknown: it may have been done. Ask before you repeat it."
+    return JSONResponse({"detail": detail, "outcome": "unknown"}, status_code=500)
+
+
+def health_router(*, live: str = "/livez", ready: str = "/readyz") -> APIRouter:
+    """Routes for probes: is the process there, and can it reach its database?
+
+    The second one asks nobody: the connections' watchers know (`Database.available`). It is 503
+    while the database can't be reached, and as soon as it drains.
+    """
+    router = APIRouter(tags=["health"])
+
+    @router.get(live)
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @router.get(ready)
+    async def is_ready(db: CurrentDatabase) -> JSONResponse:
+        if db.available and not db.draining:
+            return JSONResponse({"status": "ready"})
+        status = "draining" if db.draining else "unavailable"
+        return JSONResponse(
+            {"status": status}, status_code=503, headers={"Retry-After": str(RETRY_AFTER)}
+        )
+
+    return router

@@ -1,0 +1,442 @@
+"""FastAPI: applications in the test's own loop, and real servers with clients that hang up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import monotonic
+from typing import Annotated, Any
+
+import httpx2 as httpx
+import psycopg
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
+from fastapi.testclient import TestClient
+from psycopg_pool import PoolTimeout
+
+from aiopgsafe import CommitUnknown, Database, Draining
+from aiopgsafe.fastapi import (
+    CurrentConnection,
+    CurrentDatabase,
+    CurrentTransaction,
+    add_exception_handlers,
+    cancel_on_disconnect,
+    health_router,
+    lifespan,
+)
+from tests.conftest import Figures
+
+Admin = psycopg.Connection[Any]
+
+# httpx leaves the bodies that it sends to the garbage collector; trio warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:Async generator 'httpx2:ResourceWarning")
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """As a server would: within the application's lifespan."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def app(dsn: str, admin: Admin) -> FastAPI:
+    admin.execute("create table t (id int)")
+    db = Database(dsn, min_size=1, max_size=2, timeout=0.2)
+    app = FastAPI(lifespan=lifespan(db))
+    app.add_middleware(cancel_on_disconnect)
+    add_exception_handlers(app)
+    app.include_router(health_router())
+    return app
+
+
+def ids(admin: Admin) -> list[int]:
+    return [i for (i,) in admin.execute("select id from t order by id")]
+
+
+@pytest.mark.anyio
+async def test_a_transaction_is_committed_before_the_response(app: FastAPI, admin: Admin) -> None:
+    seen: list[list[int]] = []
+
+    @app.post("/t")
+    async def add(tx: CurrentTransaction, db: CurrentDatabase) -> dict[str, str]:
+        await tx.execute("insert into t values (1)")
+        await db.execute("insert into t values (2)")  # belongs to it
+        async with db.transaction() as inner:
+            await inner.execute("insert into t values (3)")
+        return {"state": tx.state.value}
+
+    class Look:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def send_and_look(message: Any) -> None:
+                seen.append(ids(admin))
+                await send(message)
+
+            await self.app(scope, receive, send_and_look)
+
+    app.add_middleware(Look)
+    async with client_of(app) as client:
+        response = await client.post("/t")
+    assert (response.status_code, response.json()) == (200, {"state": "active"})
+    assert seen[0] == [1, 2, 3]
+
+
+@pytest.mark.anyio
+async def test_what_raises_is_rolled_back(app: FastAPI, admin: Admin) -> None:
+    @app.post("/{what}")
+    async def add(what: str, tx: CurrentTransaction) -> None:
+        await tx.execute("insert into t values (1)")
+        raise HTTPException(409) if what == "conflict" else KeyError(what)
+
+    async with client_of(app) as client:
+        assert (await client.post("/conflict")).status_code == 409
+        assert (await client.post("/bug")).status_code == 500
+    assert ids(admin) == []
+
+
+@pytest.mark.anyio
+async def test_a_commit_that_fails_is_no_success(app: FastAPI, admin: Admin) -> None:
+    admin.execute("alter table t add unique (id) deferrable initially deferred")
+
+    @app.post("/t")
+    async def add(tx: CurrentTransaction) -> str:
+        await tx.execute("insert into t values (1), (1)")
+        return "done"
+
+    async with client_of(app) as client:
+        assert (await client.post("/t")).status_code == 500
+    assert ids(admin) == []
+
+
+@pytest.mark.anyio
+async def test_what_the_database_raises_is_answered(app: FastAPI) -> None:
+    errors = {"timeout": PoolTimeout(), "draining": Draining(), "unknown": CommitUnknown("?")}
+
+    @app.get("/raise/{what}")
+    async def fail(what: str) -> None:
+        raise errors[what]
+
+    @app.get("/busy")
+    async def busy(db: CurrentDatabase, conn: CurrentConnection) -> None:
+        async with db.connection(), db.connection():
+            pass
+
+    async with client_of(app) as client:
+        for path in ("/raise/timeout", "/raise/draining", "/busy"):
+            response = await client.get(path)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1"), path
+        response = await client.get("/raise/unknown")
+        assert response.status_code == 500
+        assert response.json()["outcome"] == "unknown"
+        assert "fail" not in response.text
+
+
+@pytest.mark.anyio
+async def test_probes_tell_of_the_process_and_of_the_database(app: FastAPI) -> None:
+    async with client_of(app) as client:
+        db: Database[Any] = app.state.aiopgsafe
+        assert (await client.get("/livez")).status_code == 200
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+        db.pool._health.down()
+        assert (await client.get("/readyz")).json() == {"status": "unavailable"}
+        await db.drain(0)
+        response = await client.get("/readyz")
+        assert (response.status_code, response.json()) == (503, {"status": "draining"})
+        assert (await client.get("/livez")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_background_tasks_are_not_the_clients(app: FastAPI, admin: Admin) -> None:
+    @app.post("/t")
+    async def add(tasks: BackgroundTasks, db: CurrentDatabase, tx: CurrentTransaction) -> str:
+        async def later() -> None:
+            await db.execute("insert into t values (2)")
+
+        await tx.execute("insert into t values (1)")
+        tasks.add_task(later)
+        return "done"
+
+    async with client_of(app) as client:
+        assert (await client.post("/t")).status_code == 200
+    assert ids(admin) == [1, 2]
+
+
+@pytest.mark.anyio
+async def test_errors_come_through_the_middleware_as_they_are(app: FastAPI) -> None:
+    @app.get("/bug")
+    async def bug() -> None:
+        raise KeyError("bug")
+
+    @app.exception_handler(KeyError)
+    async def handle(request: object, exc: Exception) -> Any:
+        raise LookupError from exc
+
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with pytest.raises(LookupError):
+            await client.get("/bug")
+
+
+def test_the_test_client_and_websockets(app: FastAPI, admin: Admin) -> None:
+    @app.websocket("/ws")
+    async def ws(websocket: WebSocket, db: CurrentDatabase) -> None:
+        await websocket.accept()
+        async with db.transaction() as tx:
+            await tx.execute("insert into t values (%s)", (int(await websocket.receive_text()),))
+        await websocket.send_text("committed")
+
+    for i in range(2):  # opened and closed each time
+        with TestClient(app) as client, client.websocket_connect("/ws") as websocket:
+            websocket.send_text(str(i))
+            assert websocket.receive_text() == "committed"
+            assert ids(admin) == [*range(i + 1)]
+            assert client.get("/readyz").status_code == 200
+
+
+def test_without_its_lifespan_the_application_is_told_so(dsn: str) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def get(db: CurrentDatabase) -> None: ...
+
+    with pytest.raises(RuntimeError, match="lifespan"):
+        TestClient(app).get("/")
+    with pytest.raises(ValueError, match="grace"):
+        lifespan(Database(dsn), grace=-1)
+    unreachable = FastAPI(lifespan=lifespan(Database("host=127.0.0.1 port=1")))
+    with pytest.raises(psycopg.OperationalError), TestClient(unreachable):
+        pass
+
+
+async def repository(tx: CurrentTransaction) -> Any:
+    await tx.execute("insert into t values (1)")
+    return tx
+
+
+def test_dependencies_can_be_built_upon(app: FastAPI, admin: Admin) -> None:
+    @app.post("/t")
+    async def add(
+        repo: Annotated[Any, Depends(repository, scope="function")], tx: CurrentTransaction
+    ) -> bool:
+        return repo is tx
+
+    with TestClient(app) as client:
+        assert client.post("/t").json() is True
+    assert ids(admin) == [1]
+
+
+# Real servers
+
+SERVERS = ["uvicorn-asyncio", "uvicorn-uvloop", "hypercorn-trio"]
+
+
+class Service:
+    """A server in a process of its own."""
+
+    def __init__(self, kind: str, dsn: str, *, middleware: bool) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        module = "tests.programs.service:app"
+        if kind == "hypercorn-trio":
+            command = ["hypercorn", "-k", "trio", "-b", f"127.0.0.1:{self.port}", module]
+            command += ["--graceful-timeout", "5"]
+        else:
+            command = ["uvicorn", "--port", str(self.port), "--loop", kind.partition("-")[2]]
+            command += ["--no-access-log", "--timeout-graceful-shutdown", "5", module]
+        environment = {**os.environ, "SERVICE_DSN": dsn}
+        if middleware:
+            environment["SERVICE_MIDDLEWARE"] = "1"
+        self.log = TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = monotonic() + 20
+        while not self.answers():
+            assert monotonic() < deadline, self.said()
+            assert self.process.poll() is None, self.said()
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def answers(self) -> bool:
+        try:
+            return self.request("GET", "/readyz").startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+    def request(
+        self, method: str, path: str, body: str = "", hang_up: float | None = None
+    ) -> bytes:
+        """The whole answer; what came of it until the client hung up after so many seconds."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+            client.sendall(
+                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            deadline = None if hang_up is None else monotonic() + hang_up
+            answer = b""
+            while True:
+                if deadline is not None:
+                    if (left := deadline - monotonic()) <= 0:
+                        return answer
+                    client.settimeout(left)
+                try:
+                    data = client.recv(65536)
+                except TimeoutError:
+                    return answer
+                if not data:
+                    return answer
+                answer += data
+
+    def stop(self) -> float:
+        """By SIGTERM. How many seconds it took."""
+        before = monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=30)
+        return monotonic() - before
+
+
+@pytest.fixture
+def middleware() -> bool:
+    return False
+
+
+@pytest.fixture(params=SERVERS)
+def service(
+    request: pytest.FixtureRequest, dsn: str, admin: Admin, middleware: bool
+) -> Iterator[Service]:
+    admin.execute("create table account (id int primary key, balance int)")
+    admin.execute("insert into account select i, 1000 from generate_series(1, 10) i")
+    admin.execute("create table transfer (id int primary key)")
+    service = Service(request.param, dsn, middleware=middleware)
+    try:
+        service.wait_until_ready()
+        yield service
+    finally:
+        service.end()
+
+
+def wait_for(admin: Admin, query: str, expected: Any, seconds: float = 1.0) -> None:
+    deadline = monotonic() + seconds
+    while (found := admin.execute(query.encode()).fetchone()) != (expected,):
+        assert monotonic() < deadline, (query, found)
+
+
+RUNNING = (
+    "select count(*) from pg_stat_activity where backend_type = 'client backend'"
+    " and pid <> pg_backend_pid() and state <> 'idle'"
+)
+
+
+def transfer_at_random(service: Service, first: int, count: int, seed: int) -> list[int]:
+    """Transfers of which a third hang up at a random moment: those that were answered 2xx."""
+    chance = random.Random(seed)
+    answered = []
+    for id in range(first, first + count):
+        hang_up = chance.random() * 0.02 if chance.random() < 1 / 3 else None
+        body = json.dumps({"id": id, "pause": chance.random() * 0.004})
+        try:
+            answer = service.request("POST", "/transfers", body, hang_up)
+        except ConnectionError:
+            continue
+        if answer.startswith(b"HTTP/1.1 201"):
+            answered.append(id)
+    return answered
+
+
+def run_clients(service: Service, clients: int, each: int) -> set[int]:
+    answered: set[int] = set()
+
+    def work(number: int) -> None:
+        answered.update(transfer_at_random(service, number * each, each, number))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answered
+
+
+def check_ledger(admin: Admin, answered: set[int]) -> int:
+    """Who was answered is there, once, and money neither came nor went. How many there are."""
+    there = {i for (i,) in admin.execute("select id from transfer")}
+    assert answered <= there
+    assert admin.execute("select sum(balance) from account").fetchone() == (10_000,)
+    moved = "select 5000 - sum(balance) from account where id <= 5"
+    assert admin.execute(moved).fetchone() == (len(there),)
+    return len(there)
+
+
+@pytest.mark.parametrize("middleware", [False, True], ids=["plain", "BaseHTTPMiddleware"])
+def test_clients_that_hang_up_leave_nothing_behind(
+    service: Service, admin: Admin, figures: Figures, request: pytest.FixtureRequest
+) -> None:
+    requests = 2000 if request.config.getoption("--long") else 240
+    answered = run_clients(service, 8, requests // 8)
+    wait_for(admin, RUNNING, 0)
+    committed = check_ledger(admin, answered)
+    assert service.request("POST", "/transfers", '{"id": -2}').startswith(b"HTTP/1.1 201")
+    figures(requests=requests, answered=len(answered), committed=committed, lies=0)
+
+
+def test_a_query_stops_when_its_client_hangs_up(service: Service, admin: Admin) -> None:
+    for _ in range(20):  # twice as many as the pool has connections
+        service.request("GET", "/sleep", hang_up=0.05)
+    wait_for(admin, RUNNING, 0)
+    assert service.request("GET", "/readyz").startswith(b"HTTP/1.1 200")
+
+
+def test_background_tasks_and_streams_go_on(service: Service, admin: Admin) -> None:
+    assert b"later" in service.request("GET", "/later")
+    wait_for(admin, "select count(*) from transfer where id = -1", 1, 5)
+    assert b"99" in service.request("GET", "/numbers")
+    service.request("GET", "/numbers", hang_up=0.1)
+    wait_for(admin, RUNNING, 0)
+
+
+def test_sigterm_in_the_middle_loses_no_answer(
+    service: Service, admin: Admin, figures: Figures
+) -> None:
+    answered: set[int] = set()
+    clients = threading.Thread(target=lambda: answered.update(run_clients(service, 8, 100)))
+    clients.start()
+    while admin.execute("select count(*) from transfer").fetchone() < (50,):  # type: ignore[operator]
+        assert clients.is_alive()
+    took = service.stop()
+    clients.join()
+    assert service.process.returncode in (0, -signal.SIGTERM), service.said()
+    assert took < 10
+    committed = check_ledger(admin, answered)
+    wait_for(admin, RUNNING, 0)
+    figures(answered=len(answered), committed=committed, exit_s=round(took, 2))
