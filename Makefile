@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo serve test lint bench clean
 help:
 	@echo "make demo   money moves while tasks are cancelled: psycopg beside aiopgsafe"
+	@echo "make serve  a FastAPI service with a live page, on http://127.0.0.1:8000"
 	@echo "make test   the test suite, on a PostgreSQL that it starts itself"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  speed beside psycopg and asyncpg"
@@ -19,6 +20,9 @@ $(BIN)/.installed-%: pyproject.toml
 
 demo: $(BIN)/.installed-demo
 	$(BIN)/aiopgsafe demo $(ARGS)
+
+serve: $(BIN)/.installed-serve
+	PYTHONPATH=examples $(BIN)/python -m transfers.serve $(ARGS)
 
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)

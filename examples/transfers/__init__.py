@@ -1,0 +1,1 @@
+"""A service one would keep: transfers with an idempotency key, and a page that shows them live."""
