@@ -92,6 +92,15 @@ KEEPALIVE = {
 LIBPQ = frozenset(option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults())
 
 
+async def given_conninfo(given: Given) -> str:
+    return await _given(given) or ""
+
+
+async def given_kwargs(given: Given) -> dict[str, Any]:
+    """A copy."""
+    return dict(await _given(given) or {})
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
     """How to connect."""
@@ -103,18 +112,18 @@ class ConnectOptions:
 
     async def connect(self) -> AsyncConnection[Any]:
         """A new connection, configured. Raises what connecting and `configure` raise."""
-        kwargs = dict(await _given(self.kwargs) or {})
-        conninfo = await _given(self.conninfo)
-        conn = await self.connection_class.connect(conninfo or "", **kwargs)
+        kwargs = await given_kwargs(self.kwargs)
+        conninfo = await given_conninfo(self.conninfo)
+        conn = await self.connection_class.connect(conninfo, **kwargs)
         if callable(self.conninfo) or callable(self.kwargs):
             conn._reach = self._reach
         return conn
 
     async def _reach(self) -> AsyncConnection[Any]:
         """Where an outcome is asked for: what was given at connect may be of no use any more."""
-        kwargs = dict(await _given(self.kwargs) or {})
-        conninfo = await _given(self.conninfo)
-        params = conninfo_to_dict(conninfo or "", **{k: v for k, v in kwargs.items() if k in LIBPQ})
+        kwargs = await given_kwargs(self.kwargs)
+        conninfo = await given_conninfo(self.conninfo)
+        params = conninfo_to_dict(conninfo, **{k: v for k, v in kwargs.items() if k in LIBPQ})
         return await reach_primary("", **cast("dict[str, Any]", params))
 
     async def connect_to_listen(self, conninfo: str | None) -> AsyncConnection[Any]:
@@ -122,8 +131,8 @@ class ConnectOptions:
 
         :param conninfo: instead of the pool's.
         """
-        kwargs = dict(await _given(self.kwargs) or {})
-        conninfo = (await _given(self.conninfo) or "") if conninfo is None else conninfo
+        kwargs = await given_kwargs(self.kwargs)
+        conninfo = await given_conninfo(self.conninfo) if conninfo is None else conninfo
         given = conninfo_to_dict(conninfo, **{k: v for k, v in kwargs.items() if k in LIBPQ})
         kwargs |= {name: value for name, value in KEEPALIVE.items() if name not in given}
         return await self.connection_class.connect(conninfo, **{**kwargs, "autocommit": True})

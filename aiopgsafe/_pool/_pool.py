@@ -21,7 +21,15 @@ from ._cleaning import clean
 from ._connecting import Connector
 from ._giving import Deadline, Giving
 from ._lease import ConnectionT, Lease
-from ._options import Callback, ConnectOptions, Given, check_options, check_sizes
+from ._options import (
+    Callback,
+    ConnectOptions,
+    Given,
+    check_options,
+    check_sizes,
+    given_conninfo,
+    given_kwargs,
+)
 from ._options import warn_of_constructor as warn
 from ._places import Place, Places
 
@@ -136,6 +144,14 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
     def max_size(self) -> int:
         """Connections that there may be."""
         return self._places.max_size
+
+    # By these names libraries that are made for psycopg_pool ask (procrastinate).
+
+    async def _resolve_conninfo(self) -> str:
+        return await given_conninfo(self.conninfo)
+
+    async def _resolve_kwargs(self) -> dict[str, Any]:
+        return await given_kwargs(self.kwargs)
 
     # Getting a connection
 
