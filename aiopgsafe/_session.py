@@ -46,6 +46,10 @@ class Session(Protocol):
     def _failed(self) -> bool:
         """Whether the session is in a failed transaction."""
 
+    @property
+    def _ended_elsewhere(self) -> bool:
+        """Whether the transaction has been ended, and not by us: nobody saw how."""
+
     def _check_connection_ok(self) -> None: ...
 
     def _sync_gen(self) -> PQGen[None]:

@@ -294,6 +294,8 @@ class Transaction(Entering[Row]):
             section.going_through = going_through
             section.error = self._nesting_error()
             self._leave()
+            if unit.state is ACTIVE and session._ended_elsewhere:
+                unit.advance(UNKNOWN)
             if unit.state is ACTIVE:
                 later = exc is None or isinstance(exc, Exception)
                 await self._undo_on_server(section.shield, later=later)

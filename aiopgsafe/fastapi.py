@@ -16,7 +16,8 @@ The last one's COMMIT comes before its response: who is answered 2xx is committe
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from math import inf
 from typing import Annotated, Any, TypeAlias, cast
 
 import anyio
@@ -44,7 +45,7 @@ DATABASE = "aiopgsafe"
 
 def lifespan(
     db: Database[Any], *, grace: float = 30.0, wait: bool = True
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
     """For ``FastAPI(lifespan=...)``: open the database, and drain and close it at the end.
 
     A server (uvicorn, hypercorn) that is told to stop lets the requests end first; what is
@@ -59,11 +60,11 @@ def lifespan(
         raise ValueError(f"grace is a number of seconds, not negative: {grace}")
 
     @asynccontextmanager
-    async def span(app: FastAPI) -> AsyncIterator[None]:
+    async def span(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await db.open(wait)
         try:
             setattr(app.state, DATABASE, db)
-            yield
+            yield {DATABASE: db}
         finally:
             with anyio.CancelScope(shield=True):
                 await db.drain(grace)
@@ -74,9 +75,10 @@ def lifespan(
 def current_database(connection: HTTPConnection) -> Database[Any]:
     """The database of the application that a request, or a websocket, belongs to.
 
-    Raises `RuntimeError` if the application has no `lifespan()` of ours.
+    Also of one that it is mounted in. Raises `RuntimeError` if there is no `lifespan()` of ours.
     """
-    db = getattr(connection.app.state, DATABASE, None)
+    db = connection.scope.get("state", {}).get(DATABASE)
+    db = getattr(connection.app.state, DATABASE, None) if db is None else db
     if db is None:
         raise RuntimeError("no database: FastAPI(lifespan=aiopgsafe.fastapi.lifespan(db))")
     return cast("Database[Any]", db)
@@ -130,15 +132,16 @@ class _CancelOnDisconnect:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        watched = _Watched(receive, send)
+        watched = _Watched(scope, receive, send)
         error: Exception | None = None
-        async with watched.messages, anyio.create_task_group() as tasks:
-            tasks.start_soon(watched.watch, tasks.cancel_scope)
-            try:
-                await self._app(scope, watched.receive, watched.send)
-            except Exception as exc:  # not in an ExceptionGroup: handlers go by its class
-                error = exc
-            tasks.cancel_scope.cancel()
+        with closing(watched):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watched.watch, tasks.cancel_scope)
+                try:
+                    await self._app(scope, watched.receive, watched.send)
+                except Exception as exc:  # not in an ExceptionGroup: handlers go by its class
+                    error = exc
+                tasks.cancel_scope.cancel()
         if error is not None:
             raise error
 
@@ -146,27 +149,49 @@ class _CancelOnDisconnect:
 class _Watched:
     """A request whose client is watched: what the server says of it goes through here.
 
-    The body is read no further ahead of the application than a message or two: it may be
-    large, and is not for us to keep. Behind its end the client's disconnecting is all that
-    can still come.
+    Its body is read ahead of the application, but not far. Behind its end the client's
+    disconnecting is all that can still come.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._passed_on, self.messages = anyio.create_memory_object_stream[Message](1)
+        self._passed_on, self._messages = anyio.create_memory_object_stream[Message](inf)
+        self._ahead = 0
+        self._room = anyio.Event()
         self._answered = False
+        self._error: Exception | None = None
+        # To read the body is to ask for it: whether it is wanted the application has to say.
+        self._wanted = anyio.Event()
+        if not any(name == b"expect" for name, _ in scope["headers"]):
+            self._wanted.set()
+
+    def close(self) -> None:
+        self._passed_on.close()
+        self._messages.close()
 
     async def receive(self) -> Message:
         """For the application."""
+        self._wanted.set()
         try:
-            return await self.messages.receive()
-        except anyio.EndOfStream:
+            try:
+                # Also in a scope that is cancelled: so Starlette asks without waiting.
+                message = self._messages.receive_nowait()
+            except anyio.WouldBlock:
+                message = await self._messages.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            if self._error is not None:
+                raise self._error from None
             return {"type": "http.disconnect"}
+        self._ahead -= len(message.get("body", b""))
+        self._room.set()
+        return message
 
     async def send(self, message: Message) -> None:
         """Of the application."""
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
+        kind = message["type"]
+        ends = kind == "http.response.body" and not message.get("more_body", False)
+        if ends or kind == "http.response.pathsend":
             # The server calls the end of its answer a disconnecting, too: what still runs
             # then, background tasks, is not the client's.
             self._answered = True
@@ -174,12 +199,24 @@ class _Watched:
 
     async def watch(self, scope: anyio.CancelScope) -> None:
         """Cancel when the client has gone."""
+        await self._wanted.wait()
         with self._passed_on:
-            while (message := await self._receive())["type"] != "http.disconnect":
-                await self._passed_on.send(message)
+            try:
+                while (message := await self._receive())["type"] != "http.disconnect":
+                    self._ahead += len(message.get("body", b""))
+                    self._passed_on.send_nowait(message)
+                    while self._ahead > READ_AHEAD:
+                        self._room = anyio.Event()
+                        await self._room.wait()
+            except Exception as exc:  # the application's to hear
+                self._error = exc
+                return
         if not self._answered:
             scope.cancel()
 
+
+READ_AHEAD = 65536
+"""Bytes of a body that are kept for an application that hasn't asked for them yet."""
 
 RETRY_AFTER = 1
 """Seconds, for a client that was refused: another instance may have a place sooner."""
@@ -189,7 +226,8 @@ def add_exception_handlers(app: FastAPI) -> None:
     """Answer what the database raises.
 
     503 with Retry-After: no connection was free in time (`PoolTimeout`, `TooManyRequests`),
-    or the application stops (`Draining`, `PoolClosed`). Nothing was executed.
+    or the application stops (`Draining`, `PoolClosed`). Nothing of that transaction was
+    executed: a function that has committed another one before must answer for itself.
 
     500, saying "unknown": `CommitUnknown`. A client must not repeat what isn't idempotent.
     """

@@ -447,6 +447,114 @@ async def test_the_program_may_end_one_transaction_and_begin_another(
     assert ids(admin) == [1] * 4
 
 
+# Streams and COPY
+
+
+STREAMS = ["select generate_series(1, 3)", "select i from t, generate_series(1, 2) i"]
+
+
+@compared
+async def test_what_rides_behind_a_stream_has_results_of_its_own(s: Scene) -> None:
+    """libpq keeps the mode of a stream until something is sent outside of a pipeline."""
+    await table(s)
+    await s.conn.set_autocommit(True)
+    insert = "insert into t values (1), (2) returning id"
+
+    async def stream(size: int) -> None:
+        cur = s.conn.cursor()
+        s.note([row async for row in cur.stream(STREAMS[0].encode(), size=size)])
+
+    for size in (1, 2):
+        for in_block in (False, True):
+            if not in_block:
+                await stream(size)
+            async with s.conn.transaction():
+                if in_block:
+                    await stream(size)
+                async with s.conn.transaction():
+                    cur = await s.conn.execute(insert)
+                    s.note(await cur.fetchall(), cur.rowcount, cur.statusmessage)
+                await stream(size)
+        await stream(size)
+        cur = await s.conn.execute("with a as (select 1 x) select 'insert', x from a")
+        s.note(await cur.fetchall())
+    await s.conn.set_autocommit(False)
+    for _ in range(2):
+        await stream(1)
+        cur = await s.conn.execute(insert)
+        s.note(await cur.fetchall())
+        await s.conn.commit()
+    s.note(await s.elsewhere("select count(*) from t"))
+
+
+async def test_a_stream_that_writes_leaves_the_outcome_to_be_asked_for(
+    auto: Conn, proxy: FaultProxy, admin: Admin
+) -> None:
+    admin.execute(
+        "create function write() returns int language sql as 'insert into t values (1) returning 1'"
+    )
+    async with auto.transaction():
+        await auto.execute("select 1")
+    proxy.inject(Cut("rst"), command_complete("COMMIT"), times=1)
+    async with auto.transaction() as tx:
+        assert [row async for row in auto.cursor().stream("select write()")] == [(1,)]
+    assert tx.state is COMMITTED
+    assert ids(admin) == [1]
+
+
+@pytest.mark.parametrize(
+    "statement", ["commit", "copy t from stdin; commit", "copy t to stdout; commit"]
+)
+async def test_a_commit_by_copy_is_seen(
+    auto: Conn, with_tokens: Conn, dsn: str, statement: str
+) -> None:
+    undone: list[str] = []
+    with pytest.raises((psycopg.Error, ValueError)):
+        async with auto.transaction() as tx:
+            await tx.execute("insert into t values (1)")
+            tx.on_rollback(undone.append, "undone")
+            async with auto.cursor().copy(statement.encode()) as copy:
+                if "stdin" in statement:
+                    await copy.write_row((2,))
+    assert tx.state is UNKNOWN
+    assert undone == []
+    with pytest.raises(psycopg.ProgrammingError, match="ticket"):
+        async with with_tokens.transaction() as tx:
+            await tx.execute("insert into t values (1)")
+            ticket = tx.ticket()
+            async with with_tokens.cursor().copy(statement.encode()):
+                pass
+    assert tx.state is ROLLED_BACK
+    assert await resolve_commit(ticket, dsn) is ROLLED_BACK
+
+
+async def test_a_transaction_that_is_gone_is_not_called_rolled_back(
+    auto: Conn, admin: Admin
+) -> None:
+    """Ended where nobody can see it: by libpq itself, here."""
+    undone: list[str] = []
+    with pytest.raises(KeyError):
+        async with auto.transaction() as tx:
+            await tx.execute("insert into t values (1)")
+            tx.on_rollback(undone.append, "undone")
+            auto.pgconn.exec_(b"commit")
+            raise KeyError
+    assert tx.state is UNKNOWN
+    assert undone == []
+    assert ids(admin) == [1]
+
+
+async def test_begin_atomic_is_a_body_only_where_something_is_created(
+    with_tokens: Conn, admin: Admin
+) -> None:
+    admin.execute('create table u ("begin" int)')
+    with pytest.raises(psycopg.ProgrammingError, match="ticket"):
+        async with with_tokens.transaction() as tx:
+            tx.ticket()
+            await tx.execute("select begin atomic from u; commit")
+    assert tx.state is ROLLED_BACK
+
+
 # Errors
 
 

@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from time import monotonic
 from typing import Annotated, Any
 
+import anyio
 import httpx2 as httpx
 import psycopg
 import pytest
@@ -240,6 +241,114 @@ def test_dependencies_can_be_built_upon(app: FastAPI, admin: Admin) -> None:
     with TestClient(app) as client:
         assert client.post("/t").json() is True
     assert ids(admin) == [1]
+
+
+def test_a_mounted_application_has_the_database(app: FastAPI) -> None:
+    inner = FastAPI()
+
+    @inner.get("/x")
+    async def one(db: CurrentDatabase) -> list[int]:
+        return list(await (await db.execute("select 1")).fetchone() or ())
+
+    app.mount("/inner", inner)
+    with TestClient(app) as client:
+        assert client.get("/inner/x").json() == [1]
+
+
+class Server:
+    """The server's side of one request, as ASGI has it."""
+
+    def __init__(self, *body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        self.messages: list[Any] = [
+            {"type": "http.request", "body": part, "more_body": True} for part in body
+        ]
+        if self.messages:
+            self.messages[-1]["more_body"] = False
+        self.asked = 0
+        self.gone = anyio.Event()
+        self.scope = {"type": "http", "headers": [*headers]}
+
+    async def receive(self) -> Any:
+        self.asked += 1
+        if self.messages:
+            return self.messages.pop(0)
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.anyio
+async def test_a_body_that_nobody_reads_hides_no_disconnect() -> None:
+    server = Server(*[b"abc"] * 100)
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        server.gone.set()
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(5):
+        await cancel_on_disconnect(handler)(server.scope, server.receive, server.send)
+
+
+@pytest.mark.anyio
+async def test_a_large_body_is_not_read_ahead() -> None:
+    server = Server(*[b"x" * 40_000] * 10)
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(10):
+            await anyio.lowlevel.checkpoint()
+        assert server.asked == 2
+        while (await receive())["more_body"]:
+            pass
+
+    await cancel_on_disconnect(handler)(server.scope, server.receive, server.send)
+
+
+@pytest.mark.anyio
+async def test_whoever_asks_is_told_of_the_disconnect() -> None:
+    server = Server(b"x")
+    told: list[Any] = []
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.body"})
+        server.gone.set()
+        with anyio.move_on_after(5):
+            told.append(await receive())
+        with anyio.CancelScope() as asking:  # as Starlette's is_disconnected()
+            asking.cancel()
+            told.append(await receive())
+
+    await cancel_on_disconnect(handler)(server.scope, server.receive, server.send)
+    assert told == [{"type": "http.disconnect"}] * 2
+
+
+@pytest.mark.anyio
+async def test_a_body_that_waits_to_be_wanted_is_not_asked_for() -> None:
+    server = Server(b"x", headers=((b"expect", b"100-continue"),))
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(10):
+            await anyio.lowlevel.checkpoint()
+        assert server.asked == 0
+        assert (await receive())["body"] == b"x"
+
+    await cancel_on_disconnect(handler)(server.scope, server.receive, server.send)
+
+
+@pytest.mark.anyio
+async def test_an_error_of_the_servers_is_the_applications_to_hear() -> None:
+    server = Server()
+
+    async def broken() -> Any:
+        raise LookupError("too large")
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    with pytest.raises(LookupError, match="too large"):
+        await cancel_on_disconnect(handler)(server.scope, broken, server.send)
 
 
 # Real servers

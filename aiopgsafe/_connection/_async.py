@@ -36,7 +36,7 @@ from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, traits_of
+from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, STREAMS, traits_of
 
 if TYPE_CHECKING:
     from psycopg.abc import AdaptContext, ConnParam, Params, PQGen
@@ -123,7 +123,7 @@ class AsyncConnection(Endings[Row]):
         self._begin_waits = None
         self._queue = []
         self._rider = None
-        self._unbegun = self._by_hand = self._undoing = False
+        self._unbegun = self._by_hand = self._undoing = self._streamed = False
         self._rides = RIDES
         self._notifies_listening: deque[Notify] | None = None
 
@@ -247,6 +247,8 @@ class AsyncConnection(Endings[Row]):
         found = traits_of(gen)
         if found & NOTED:
             self._note(found)
+        if found & STREAMS:
+            self._streamed = True
         if not found & ENDS:
             return await self._drive(gen, timeout)
         try:

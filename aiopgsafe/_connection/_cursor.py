@@ -165,6 +165,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if found & NOTED and not queued:
             conn._note(found)
         if conn._pipeline is not None or not (queued or found & WRITES):
+            conn._streamed = conn._streamed and conn._pipeline is not None
             return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
         return self._riding_gen(found, pgq, prepare, binary)
 
@@ -188,9 +189,11 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     def _together_gen(
         self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None
     ) -> PQGen[None]:
-        """The statement, and what rides on it: results come for `before`, `ours`, the number."""
+        """The statement, and what rides on it: results come `before` its, for `ours`, and `behind`."""
         conn: Any = self._conn
         pgconn = self._pgconn
+        if conn._streamed:
+            yield from conn._end_streaming_gen()
         prep, name = conn._prepared.get(pgq, prepare)
         asks = conn._origin is None and conn._asks()
         waiting = (conn._begin_waits, conn._queue)
@@ -200,8 +203,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
                 conn._send_history()
             before = conn._send_queue()
             ours = self._send_own(pgq, prep, name, binary)
-            if unit is not None:
-                conn._send(POSITION_QUERY, before + ours)
+            behind = conn._send(POSITION_QUERY, before + ours) if unit is not None else 0
             pgconn.pipeline_sync()
             key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
             results = yield from collect_gen(pgconn, 2 if asks else 1)
@@ -219,6 +221,9 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         good = GOOD.issuperset(map(STATUS, results))
         if not good or conn._preparing:
             conn._prepared_now(results)
+        if good and len(results) != before + ours + behind:
+            conn._drop(f"{len(results)} results came instead of {before + ours + behind}")
+            raise psycopg.InternalError("the server's answers don't belong to what was sent")
         own = [results[before + ours - 1]]
         if prep is Prepare.SHOULD and results[before].status != COMMAND_OK:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)

@@ -111,14 +111,6 @@ class EndingGenerators(Riding[Row]):
         if self._pipeline:
             yield from self._pipeline._sync_gen()
 
-    def _ping_gen(self) -> PQGen[None]:
-        """An empty query, which begins no transaction."""
-        self._check_connection_ok()
-        self.pgconn.send_query(b"")
-        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
-        if result.status != EMPTY_QUERY:
-            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
-
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
         if self._undoing:
             yield from self._flush_gen()
@@ -159,6 +151,8 @@ class EndingGenerators(Riding[Row]):
             position, *results = yield from self._pipelined_gen([POSITION_QUERY, *commands])
             self._numbered(unit, position)
             return results[-1]
+        if self._streamed:
+            yield from self._end_streaming_gen()
         pgconn = self.pgconn
         pgconn.enter_pipeline_mode()
         try:
@@ -296,6 +290,11 @@ class EndingGenerators(Riding[Row]):
     @property
     def _in_transaction(self) -> bool:
         return self.pgconn.transaction_status in (INTRANS, INERROR)
+
+    @property
+    def _ended_elsewhere(self) -> bool:
+        begun = self._begin_waits is None and not self._unbegun
+        return begun and self.pgconn.transaction_status == IDLE
 
     @property
     def _failed(self) -> bool:

@@ -43,6 +43,7 @@ OK = pq.ConnStatus.OK
 INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 COMMAND_OK = pq.ExecStatus.COMMAND_OK
+EMPTY_QUERY = pq.ExecStatus.EMPTY_QUERY
 SQLSTATE = pq.DiagnosticField.SQLSTATE
 QUERY_CANCELED = b"57014"
 UNDEFINED_NAME = b"26000"
@@ -77,6 +78,7 @@ class Riding(psycopg.AsyncConnection[Row]):
     _queue: list[bytes]
     _rider: AsyncCursor[Any] | None
     _undoing: bool  # the queue begins with ROLLBACK TO: see `_undo_later()`
+    _streamed: bool  # `stream()` was the last: libpq would go on row by row in a pipeline
     _unbegun: bool  # BEGIN was taken from the queue, and has not succeeded
     _by_hand: bool  # the program's own statements treat savepoints: RELEASE doesn't wait
     _rides: int  # `RIDES`, or 0: a replication connection takes simple queries only
@@ -164,6 +166,15 @@ class Riding(psycopg.AsyncConnection[Row]):
         if commands := self._take_queue(time_left):
             yield from self._begin_gen(commands) if begins else self._commands_gen(commands)
             self._unbegun = False
+
+    def _end_streaming_gen(self) -> PQGen[None]:
+        """Before a pipeline: libpq forgets the mode of a `stream()` only outside of one."""
+        self._streamed = False
+        if self._queued:
+            yield from self._commands_gen(self._take_queue())
+            self._unbegun = False
+        else:
+            yield from self._ping_gen()
 
     def _forget_queue(self) -> None:
         self._begin_waits, self._unbegun = None, False
@@ -285,6 +296,9 @@ class Riding(psycopg.AsyncConnection[Row]):
             yield from self._commands_gen(commands)
             return
         self._check_connection_ok()
+        if self._streamed:
+            self._streamed = False
+            yield from self._ping_gen()
         pgconn = self.pgconn
         sends: list[Callable[[], None]] = [
             self._send_history,
@@ -338,6 +352,14 @@ class Riding(psycopg.AsyncConnection[Row]):
         if result.status != COMMAND_OK:
             raise errors.error_from_result(result, encoding=self.pgconn._encoding)
         return result
+
+    def _ping_gen(self) -> PQGen[None]:
+        """An empty query, which begins no transaction."""
+        self._check_connection_ok()
+        self.pgconn.send_query(b"")
+        result: PGresult = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != EMPTY_QUERY:
+            raise errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _pipelined_gen(self, commands: Sequence[bytes]) -> PQGen[list[PGresult]]:
         """Send commands in pipeline mode and have their results at once.

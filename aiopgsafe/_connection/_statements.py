@@ -14,10 +14,11 @@ from psycopg import sql
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, Query
 
-LISTENS, ENDS, WRITES, FORGETS, RIDES, BY_HAND, ACCESS = 1, 2, 4, 8, 16, 32, 64
+LISTENS, ENDS, WRITES, FORGETS, RIDES, BY_HAND, ACCESS, STREAMS = 1, 2, 4, 8, 16, 32, 64, 128
 """Traits: it may contain LISTEN; one of its commands ends the transaction; it is a single
 INSERT, UPDATE, DELETE or MERGE; it may forget prepared statements; it may go in one pipeline
-with others; it may treat savepoints; it may change whether its transaction may write."""
+with others; it may treat savepoints; it may change whether its transaction may write; its rows
+come one by one."""
 
 NOTED = LISTENS | ENDS | FORGETS | BY_HAND | ACCESS
 """Traits that the connection must know of."""
@@ -96,7 +97,7 @@ def ends_transaction(text: bytes) -> bool:
 
 def _firsts(text: bytes) -> Iterator[re.Match[bytes]]:
     """The first token of each command. A function's body in SQL (BEGIN ATOMIC) is part of one."""
-    at, first, depth, before = 0, True, 0, b""
+    at, first, depth, before, creates = 0, True, 0, b"", False
     while (token := _TOKEN.search(text, at)) is not None:
         at = token.end()
         word = token.group().lower()
@@ -108,11 +109,11 @@ def _firsts(text: bytes) -> Iterator[re.Match[bytes]]:
             depth += (word == b"case") - (word == b"end")
         elif word == b";":
             first = True
-        elif word == b"atomic" and before == b"begin" and not first:
+        elif word == b"atomic" and before == b"begin" and creates:
             depth = 1
         elif first:
             yield token
-            first = False
+            first, creates = False, word == b"create"
         before = word
 
 
@@ -125,23 +126,26 @@ def _end_of_comment(text: bytes, start: int) -> int:
     return len(text)
 
 
-_STATEMENTS = (
-    "_execute_gen",
-    "_executemany_gen_pipeline",
-    "_executemany_gen_no_pipeline",
-    "_stream_send_gen",
-)
-"""psycopg's generators that are given a query, of any class of cursor."""
+_STATEMENTS = {
+    "_execute_gen": "query",
+    "_executemany_gen_pipeline": "query",
+    "_executemany_gen_no_pipeline": "query",
+    "_stream_send_gen": "query",
+    "_start_copy_gen": "statement",
+}
+"""psycopg's generators that are given a query, of any class of cursor; and what they call it."""
 
 
 def traits_of(gen: PQGen[Any]) -> int:
     """`traits()` of what a generator sends, if it is one that sends a query."""
-    if getattr(gen, "__name__", "") not in _STATEMENTS:
+    name = getattr(gen, "__name__", "")
+    if name not in _STATEMENTS:
         return 0
     frame = getattr(gen, "gi_frame", None)
     if frame is None:
         return 0
-    return traits(frame.f_locals["query"], frame.f_locals["self"])
+    found = traits(frame.f_locals[_STATEMENTS[name]], frame.f_locals["self"])
+    return found | STREAMS if name == "_stream_send_gen" else found
 
 
 def name_of(gen: PQGen[Any]) -> str:
