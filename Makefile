@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo serve test lint bench clean
+.PHONY: help demo serve test lint bench docs clean
 help:
 	@echo "make demo   money moves while tasks are cancelled: psycopg beside aiopgsafe"
 	@echo "make serve  a FastAPI service with a live page, on http://127.0.0.1:8000"
 	@echo "make test   the test suite, on a PostgreSQL that it starts itself"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation as pages, in site/"
 	@echo "make bench  speed beside psycopg and asyncpg"
 
 # One stamp for each set of extras: a checkout installs what a target needs, once.
@@ -35,5 +36,8 @@ lint: $(BIN)/.installed-lint
 bench: $(BIN)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(BIN)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site $(ARGS)
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf site $(VENV) .mypy_cache .pytest_cache .ruff_cache dist

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from math import inf, nan
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psycopg
 import pytest
@@ -190,24 +190,34 @@ def resident() -> float:
 
 
 class Figures:
-    """What the tests measured, printed at the end of the run."""
+    """What a test measured, printed at the end of the run."""
 
-    rows: ClassVar[list[tuple[str, dict[str, object]]]] = []
-
-    def __init__(self, test: str) -> None:
-        self._test = test
+    def __init__(self, node: pytest.Item) -> None:
+        self._node = node
 
     def __call__(self, **figures: object) -> None:
-        self.rows.append((self._test, figures))
+        row = ", ".join(f"{name} {value}" for name, value in figures.items())
+        # Reports carry it here from whichever process the test ran in.
+        self._node.user_properties.append(("figures", row))
 
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Figures:
-    return Figures(request.node.name)
+    return Figures(request.node)
+
+
+_measured: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        test = report.nodeid.partition("::")[2]
+        rows = [row for name, row in report.user_properties if name == "figures"]
+        _measured.extend(f"{test}: {row}" for row in rows)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if Figures.rows:
+    if _measured:
         terminalreporter.section("figures")
-        for test, row in Figures.rows:
-            terminalreporter.line(f"{test}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+        for line in _measured:
+            terminalreporter.line(line)
