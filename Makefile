@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo serve test lint bench docs clean
+.PHONY: help demo serve test lint bench plots docs clean
 help:
 	@echo "make demo   money moves while tasks are cancelled: psycopg beside aiopgsafe"
 	@echo "make serve  a FastAPI service with a live page, on http://127.0.0.1:8000"
@@ -35,6 +35,9 @@ lint: $(BIN)/.installed-lint
 
 bench: $(BIN)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+plots: $(BIN)/.installed-plots
+	$(BIN)/python -m benchmarks --plots docs/benchmarks $(ARGS)
 
 docs: $(BIN)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site $(ARGS)

@@ -24,7 +24,7 @@ def plot(report: Report, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     # The same figures give the same files.
     mpl.rcParams.update({"svg.hashsalt": "aiopgsafe", "font.size": 9, "svg.fonttype": "none"})
-    lines = ["# Plots", "", 'Made by `make bench ARGS="--plots docs/benchmarks"`.', ""]
+    lines = ["# Plots", "", "Made by `make plots`.", ""]
     for title, loops in report.medians.items():
         name = re.sub(r"\W+", "-", title.lower()).strip("-") + ".svg"
         draw(title, loops, report.units[title], directory / name)

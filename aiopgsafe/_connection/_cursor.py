@@ -189,7 +189,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     def _together_gen(
         self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None
     ) -> PQGen[None]:
-        """The statement, and what rides on it: results come `before` its, for `ours`, and `behind`."""
+        """The statement, and what rides on it. Results come `before`, for `ours`, and `behind`."""
         conn: Any = self._conn
         pgconn = self._pgconn
         if conn._streamed:
