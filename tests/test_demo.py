@@ -63,14 +63,16 @@ def await_schema(dsn: str, process: subprocess.Popen[str], number: int) -> None:
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 def test_our_clients_know_the_truth_and_the_peers_do_not(loop: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    result = run("--loop", loop, "--seconds", "1.5", "--seed", "7", "--json", str(file))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    assert "--seed 7" in result.stdout
-    assert "psycopg" in result.stdout
-
-    report = json.loads(file.read_text())
-    ours, peer = report["sides"]["aiopgsafe"], report["sides"]["psycopg"]
+    for seconds in ("1.5", "10"):
+        result = run("--loop", loop, "--seconds", seconds, "--seed", "7", "--json", str(file))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        assert "--seed 7" in result.stdout
+        assert "psycopg" in result.stdout
+        report = json.loads(file.read_text())
+        ours, peer = report["sides"]["aiopgsafe"], report["sides"]["psycopg"]
+        if all(side["cancelled_in_commit"] and side["killed"] for side in (ours, peer)):
+            break  # else the machine was too busy for so short a time
     assert report["ok"]
     assert report["faults"] == []
     assert report["seed"] == 7

@@ -6,8 +6,10 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from time import monotonic
 from typing import Any
 
+import anyio
 import psycopg
 import pytest
 from sqlalchemy import text
@@ -76,13 +78,18 @@ async def test_a_cancellation_tells_what_became_of_the_commit(
     work: Callable[[AsyncEngine, int, set[int]], Awaitable[None]],
     figures: Figures,
 ) -> None:
-    proxy.inject(Delay(0.02), command_complete("COMMIT"))
+    answer = proxy.inject(Delay(0.02), command_complete("COMMIT"))
     chance = random.Random(0)
     known: set[int] = set()
     held_back = 0
     for id in range(CANCELS):
         task = asyncio.ensure_future(work(engine, id, known))
-        await asyncio.sleep(chance.random() * 0.04)
+        if id % 2:
+            await asyncio.sleep(chance.random() * 0.04)
+        else:
+            before = answer.hits
+            while answer.hits == before:
+                await anyio.lowlevel.checkpoint()
         task.cancel()
         try:
             await task
@@ -93,9 +100,12 @@ async def test_a_cancellation_tells_what_became_of_the_commit(
     there = {id for (id,) in admin.execute("select id from t")}
     figures(cancels=CANCELS, committed=len(there), held_back=held_back, lies=len(there ^ known))
     assert there == known
-    assert held_back > 5
+    assert held_back >= CANCELS // 2
     left = "select count(*) from pg_stat_activity where state like 'idle in transaction%'"
-    assert admin.execute(left).fetchone() == (0,)
+    deadline = monotonic() + 5  # SQLAlchemy closes in tasks of its own
+    while admin.execute(left).fetchone() != (0,):
+        assert monotonic() < deadline
+        await asyncio.sleep(0)
 
 
 @pytest.mark.anyio
