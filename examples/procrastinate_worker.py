@@ -27,7 +27,7 @@ async def main(dsn: str) -> None:
         connector=procrastinate.PsycopgConnector(
             conninfo=dsn,
             kwargs={"options": "-c search_path=procrastinate_example"},
-            pool_factory=AsyncConnectionPool,  # type: ignore[arg-type]  # no subclass of it
+            pool_factory=AsyncConnectionPool,
         )
     )
     done: list[int] = []

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from tempfile import TemporaryFile
 from time import monotonic
 from typing import Annotated, Any
 
@@ -36,6 +30,7 @@ from aiopgsafe.fastapi import (
     lifespan,
 )
 from tests.conftest import Figures
+from tests.serving import SERVERS, Service
 
 Admin = psycopg.Connection[Any]
 
@@ -353,87 +348,6 @@ async def test_an_error_of_the_servers_is_the_applications_to_hear() -> None:
 
 # Real servers
 
-SERVERS = ["uvicorn-asyncio", "uvicorn-uvloop", "hypercorn-trio"]
-
-
-class Service:
-    """A server in a process of its own."""
-
-    def __init__(self, kind: str, dsn: str, *, middleware: bool) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        module = "tests.programs.service:app"
-        if kind == "hypercorn-trio":
-            command = ["hypercorn", "-k", "trio", "-b", f"127.0.0.1:{self.port}", module]
-            command += ["--graceful-timeout", "5"]
-        else:
-            command = ["uvicorn", "--port", str(self.port), "--loop", kind.partition("-")[2]]
-            command += ["--no-access-log", "--timeout-graceful-shutdown", "5", module]
-        environment = {**os.environ, "SERVICE_DSN": dsn}
-        if middleware:
-            environment["SERVICE_MIDDLEWARE"] = "1"
-        self.log = TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env=environment,
-            cwd=Path(__file__).parent.parent,
-            stdout=self.log,
-            stderr=self.log,
-        )
-
-    def wait_until_ready(self) -> None:
-        deadline = monotonic() + 20
-        while not self.answers():
-            assert monotonic() < deadline, self.said()
-            assert self.process.poll() is None, self.said()
-
-    def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-    def answers(self) -> bool:
-        try:
-            return self.request("GET", "/readyz").startswith(b"HTTP/1.1 200")
-        except OSError:
-            return False
-
-    def request(
-        self, method: str, path: str, body: str = "", hang_up: float | None = None
-    ) -> bytes:
-        """The whole answer; what came of it until the client hung up after so many seconds."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
-            client.sendall(
-                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                f"Content-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
-            deadline = None if hang_up is None else monotonic() + hang_up
-            answer = b""
-            while True:
-                if deadline is not None:
-                    if (left := deadline - monotonic()) <= 0:
-                        return answer
-                    client.settimeout(left)
-                try:
-                    data = client.recv(65536)
-                except TimeoutError:
-                    return answer
-                if not data:
-                    return answer
-                answer += data
-
-    def stop(self) -> float:
-        """By SIGTERM. How many seconds it took."""
-        before = monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=30)
-        return monotonic() - before
-
 
 @pytest.fixture
 def middleware() -> bool:
@@ -447,7 +361,8 @@ def service(
     admin.execute("create table account (id int primary key, balance int)")
     admin.execute("insert into account select i, 1000 from generate_series(1, 10) i")
     admin.execute("create table transfer (id int primary key)")
-    service = Service(request.param, dsn, middleware=middleware)
+    options = {"SERVICE_MIDDLEWARE": "1"} if middleware else {}
+    service = Service(request.param, "tests.programs.service:app", SERVICE_DSN=dsn, **options)
     try:
         service.wait_until_ready()
         yield service

@@ -345,3 +345,12 @@ async def test_storm(
 
 def test_the_pool_is_exported() -> None:
     assert aiopgsafe.AsyncConnectionPool.__module__ == "aiopgsafe"
+
+
+def test_who_asks_for_the_class_is_answered_and_gets_none_of_its_machinery(dsn: str) -> None:
+    """Libraries look whether they were given a connection or a pool (LangGraph does)."""
+    parent = psycopg_pool.AsyncConnectionPool
+    assert isinstance(AsyncConnectionPool(dsn, open=False), parent)
+    names = [name for name in dir(parent) if not name.startswith("_")]
+    inherited = {n for n in names if getattr(AsyncConnectionPool, n) is getattr(parent, n)}
+    assert inherited == {"run_task", "schedule_task"}  # for its own workers

@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.serving import ROOT, SERVERS, Service
+
 Admin = psycopg.Connection[Any]
 
 
-@pytest.fixture
-def base(dsn: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {**os.environ, "TRANSFERS_DSN": dsn, "PYTHONPATH": str(EXAMPLES)}
+@pytest.fixture(params=SERVERS)
+def base(request: pytest.FixtureRequest, dsn: str) -> Iterator[str]:
     prepare = (
         "import anyio; from transfers.service import db, create_schema\n"
         "async def main():\n    async with db: await create_schema(db)\n"
         "anyio.run(main)"
     )
+    environment = {**os.environ, "TRANSFERS_DSN": dsn, "PYTHONPATH": str(ROOT / "examples")}
     subprocess.run([sys.executable, "-c", prepare], env=environment, check=True)
-    command = ["uvicorn", "--port", str(port), "--log-level", "warning", "transfers.service:app"]
-    process = subprocess.Popen([sys.executable, "-m", *command], env=environment)
-    base = f"http://127.0.0.1:{port}"
+    service = Service(request.param, "transfers.service:app", TRANSFERS_DSN=dsn)
     try:
-        deadline = monotonic() + 20
-        while not answers(base):
-            assert monotonic() < deadline
-        yield base
+        service.wait_until_ready()
+        yield service.base
     finally:
-        process.terminate()
-        process.wait()
-
-
-def answers(base: str) -> bool:
-    try:
-        return bool(get(base, "readyz") == {"status": "ready"})
-    except OSError:
-        return False
+        service.end()
 
 
 def get(base: str, path: str) -> Any:
@@ -112,8 +98,59 @@ def test_the_feed_tells_of_transfers_and_of_gaps(base: str, admin: Admin) -> Non
         assert next(line for line in lines if line.startswith("event")) == "event: transfer"
 
 
-def test_the_page_and_what_it_needs_are_there(base: str) -> None:
-    for path in ("", "static/page.js", "static/style.css", "static/uPlot.iife.min.js"):
-        with urllib.request.urlopen(f"{base}/{path}", timeout=10) as response:
-            assert response.status == 200
-            assert response.read()
+# The page, in a browser
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop counts as running meanwhile
+def chromium() -> Iterator[Any]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Its sandbox refuses to run as root; all it sees is our own page.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(base: str, chromium: Browser) -> Iterator[Page]:
+    """The service's page, of which nothing may fail."""
+    failures: list[str] = []
+    page = chromium.new_page(viewport={"width": 1100, "height": 760})
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("requestfailed", lambda request: failures.append(request.url))
+    page.on(
+        "console",
+        lambda message: failures.append(message.text) if message.type != "log" else None,
+    )
+    page.goto(base)
+    expect(page.locator("#link")).to_have_text("live")
+    yield page
+    assert failures == []
+    page.close()
+
+
+def test_the_page_shows_by_itself_what_others_transfer(base: str, page: Page, admin: Admin) -> None:
+    accounts = page.locator("#accounts li")
+    expect(accounts).to_have_count(8)
+    expect(accounts.first).to_contain_text("1,000")
+    assert post(base, key="a", source=1, target=2, amount=10) == 201
+    expect(accounts.first).to_contain_text("990")
+    expect(accounts.nth(1)).to_contain_text("1,010")
+    expect(page.locator("#latest li").first).to_have_text("Ada → Barbara10")
+    expect(page.locator("#total")).to_have_text("1")
+    expect(page.locator("#pool")).to_contain_text("of")
+    expect(page.locator("#chart canvas")).to_be_visible()
+
+
+def test_the_page_shows_a_gap_and_goes_on(base: str, page: Page, admin: Admin) -> None:
+    expect(page.locator("#gap")).to_be_hidden()
+    admin.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity where query like 'LISTEN%'"
+    )
+    expect(page.locator("#gap")).to_be_visible()
+    expect(page.locator("#gaps")).to_have_text("1")
+    assert post(base, key="a", source=1, target=2, amount=10) == 201
+    expect(page.locator("#latest li").first).to_have_text("Ada → Barbara10")
+    expect(page.locator("#link")).to_have_text("live")

@@ -349,7 +349,13 @@ class Backend:
 
     @property
     def running(self) -> bool:
-        return trio.lowlevel.in_trio_run()
+        if self.is_current():
+            return True
+        try:  # of another thread's run, or one that has ended, the token alone knows
+            self._token.run_sync_soon(object)
+        except trio.RunFinishedError:
+            return False
+        return True
 
     def channel(self, pgconn: PGconn, told: Told) -> Channel:
         return Channel(pgconn, told)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from inspect import isawaitable
 from random import uniform
 from time import monotonic
 from typing import Any
@@ -34,7 +33,7 @@ class Connector:
 
     :param add: gives a new connection to the pool.
     :param on_error: called at each attempt that fails.
-    :param on_failed: called when connecting has failed for so long; may be async.
+    :param on_failed: called when connecting has failed for so long.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Connector:
         workers: int,
         reconnect_timeout: float,
         on_error: Callable[[], object],
-        on_failed: Callable[[], object],
+        on_failed: Callable[[], Awaitable[None]],
     ) -> None:
         self.last_error: BaseException | None = None
         """Why connecting fails, while it does."""
@@ -191,8 +190,6 @@ class Connector:
             return
         logger.warning("%r could not connect for %s seconds", self._name, self._reconnect_timeout)
         try:
-            result = self._on_failed()
-            if isawaitable(result):
-                await result
+            await self._on_failed()
         except Exception as exc:
             logger.exception("error in reconnect_failed of %r: %s", self._name, exc)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from inspect import isawaitable
 from itertools import count
 from time import monotonic
-from typing import Any, Generic, cast
+from typing import Any, cast
 
+import psycopg_pool
 from psycopg import pq
 
 from .. import _backends
@@ -42,7 +43,7 @@ IDLE = pq.TransactionStatus.IDLE
 _numbers = count(1)
 
 
-class AsyncConnectionPool(Giving, Generic[ConnectionT]):
+class AsyncConnectionPool(Giving, psycopg_pool.AsyncConnectionPool[ConnectionT]):
     """A pool of connections, on asyncio, uvloop and trio.
 
     The parameters, methods, statistics and errors of `psycopg_pool.AsyncConnectionPool`,
@@ -102,6 +103,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         self.num_workers = num_workers
         self._check = check
         self._reset = reset
+        self._reconnect_failed = reconnect_failed
         self._stats: Counter[str] = Counter()
         self._health = Health()
         self._health.add(self._lives)
@@ -114,7 +116,7 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
             workers=num_workers,
             reconnect_timeout=reconnect_timeout,
             on_error=self._health.look,
-            on_failed=partial(reconnect_failed, self) if reconnect_failed else lambda: None,
+            on_failed=self.reconnect_failed,
         )
         self._backend: Backend | None = None
         self._closed = True
@@ -155,7 +157,9 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
 
     # Getting a connection
 
-    def connection(self, timeout: float | None = None) -> Lease[ConnectionT]:
+    def connection(  # type: ignore[override]  # psycopg_pool's is a generator around a block
+        self, timeout: float | None = None
+    ) -> Lease[ConnectionT]:
         """A connection for a block: ``async with pool.connection() as conn``.
 
         At its end an open transaction is committed, or rolled back if the block
@@ -288,6 +292,13 @@ class AsyncConnectionPool(Giving, Generic[ConnectionT]):
         """
         async with conn.lock:
             await conn.wait(conn._ping_gen())
+
+    async def reconnect_failed(self) -> None:
+        """Called when connecting has failed for ``reconnect_timeout``: calls what was given."""
+        if self._reconnect_failed is not None:
+            result = self._reconnect_failed(self)
+            if isawaitable(result):
+                await result
 
     async def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the pool's sizes. Raises `ValueError` for bad ones."""

@@ -1,0 +1,95 @@
+"""Real servers of web applications, each in a process of its own: one for each loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import monotonic
+
+SERVERS = ["uvicorn-asyncio", "uvicorn-uvloop", "hypercorn-trio"]
+ROOT = Path(__file__).parent.parent
+
+
+class Service:
+    """A server in a process of its own.
+
+    :param kind: one of `SERVERS`.
+    :param app: ``module:name``; it has a route ``/readyz``.
+    """
+
+    def __init__(self, kind: str, app: str, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.base = f"http://127.0.0.1:{self.port}"
+        if kind == "hypercorn-trio":
+            command = ["hypercorn", "-k", "trio", "-b", f"127.0.0.1:{self.port}", app]
+            command += ["--graceful-timeout", "5"]
+        else:
+            command = ["uvicorn", "--port", str(self.port), "--loop", kind.partition("-")[2]]
+            command += ["--no-access-log", "--timeout-graceful-shutdown", "5", app]
+        self.log = TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},
+            cwd=ROOT,
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = monotonic() + 20
+        while not self.answers():
+            assert monotonic() < deadline, self.said()
+            assert self.process.poll() is None, self.said()
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def answers(self) -> bool:
+        try:
+            return self.request("GET", "/readyz").startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+    def request(
+        self, method: str, path: str, body: str = "", hang_up: float | None = None
+    ) -> bytes:
+        """The whole answer; what came of it until the client hung up after so many seconds."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+            client.sendall(
+                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            deadline = None if hang_up is None else monotonic() + hang_up
+            answer = b""
+            while True:
+                if deadline is not None:
+                    if (left := deadline - monotonic()) <= 0:
+                        return answer
+                    client.settimeout(left)
+                try:
+                    data = client.recv(65536)
+                except TimeoutError:
+                    return answer
+                if not data:
+                    return answer
+                answer += data
+
+    def stop(self) -> float:
+        """By SIGTERM. How many seconds it took."""
+        before = monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=30)
+        return monotonic() - before
