@@ -502,6 +502,22 @@ async def test_a_stream_that_writes_leaves_the_outcome_to_be_asked_for(
     assert ids(admin) == [1]
 
 
+async def test_what_is_lost_before_commit_is_known_to_be(auto: Conn, proxy: FaultProxy) -> None:
+    """After a stream an empty query goes before COMMIT; it is not COMMIT."""
+    async with auto.transaction():
+        await auto.execute("select 1")
+
+    def empty(message: Message) -> bool:
+        return message.type == "Q" and message.payload == b"\0"
+
+    proxy.inject(Cut("rst"), empty, direction="frontend", times=1)
+    with pytest.raises(psycopg.OperationalError) as caught:
+        async with auto.transaction() as tx:
+            assert [row async for row in auto.cursor().stream("select 1")] == [(1,)]
+    assert tx.state is ROLLED_BACK
+    assert safe_to_retry(caught.value)
+
+
 @pytest.mark.parametrize(
     "statement", ["commit", "copy t from stdin; commit", "copy t to stdout; commit"]
 )

@@ -121,6 +121,10 @@ class EndingGenerators(Riding[Row]):
                 self._writes = yield from self._ask_access_gen()
             if not self._writes:
                 unit.token = None
+        unnumbered = unit.origin is None and unit.token is None and self._writes is not False
+        numbers = bool(lives and self._origin and unnumbered)
+        if numbers and self._streamed and not self._pipeline:
+            yield from self._end_streaming_gen()
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
         commands = [b"COMMIT"]
@@ -132,8 +136,7 @@ class EndingGenerators(Riding[Row]):
             # A timeout cancels even the wait for synchronous replication: committed
             # here, and not there.
             commands.insert(0, NO_TIMEOUT)
-        unnumbered = unit.origin is None and unit.token is None and self._writes is not False
-        if lives and self._origin and unnumbered:
+        if numbers:
             result = yield from self._numbered_commit_gen(unit, commands)
         else:
             result = yield from self._commands_gen(commands)
@@ -151,8 +154,6 @@ class EndingGenerators(Riding[Row]):
             position, *results = yield from self._pipelined_gen([POSITION_QUERY, *commands])
             self._numbered(unit, position)
             return results[-1]
-        if self._streamed:
-            yield from self._end_streaming_gen()
         pgconn = self.pgconn
         pgconn.enter_pipeline_mode()
         try:
