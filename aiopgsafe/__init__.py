@@ -2,7 +2,7 @@
 
 from psycopg import IsolationLevel, Notify, Rollback
 
-from ._connection import AsyncConnection, resolve_commit
+from ._connection import AsyncConnection, Connection, resolve_commit
 from ._database import Database
 from ._errors import (
     CommitRolledBack,
@@ -22,6 +22,7 @@ __all__ = [
     "AsyncConnectionPool",
     "CommitRolledBack",
     "CommitUnknown",
+    "Connection",
     "ConnectionReleased",
     "Database",
     "Draining",

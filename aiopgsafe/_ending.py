@@ -37,7 +37,9 @@ __all__ = [
     "Section",
     "acquire_shielded",
     "commit",
+    "let_through",
     "no_answer",
+    "no_answer_in_time",
     "roll_back",
     "rollback",
     "run",
@@ -248,7 +250,7 @@ class Section:
                 self.shield.hold_back(interruption)
         held = signalled or self.shield.held
         if held is not None or self.error is not None or errors:
-            self._let_through(held, errors)
+            let_through(self.what, self.outcome, held, self.error, errors, self.going_through)
 
     async def _call_back(self, timeout: float) -> list[BaseException]:
         """Call back, `timeout` seconds for each; from here on the session may be another's."""
@@ -267,29 +269,42 @@ class Section:
                 errors.append(error)
         return errors
 
-    def _let_through(self, held: BaseException | None, errors: list[BaseException]) -> None:
-        """Raise what is to be raised: what was held back before our own errors."""
-        outcome = self.outcome
-        if isinstance(outcome, TransactionState):
-            outcome = outcome.value
-        note = f"aiopgsafe: the {self.what} is {outcome}"
-        group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
-        leading = held or self.error or self.going_through
-        if group is not None and leading is not None:
-            logger.error("%s", group, exc_info=group)
-            leading.add_note(f"aiopgsafe: {len(errors)} callback(s) failed: {errors!r}")
-        if held is not None:
-            if note not in getattr(held, "__notes__", ()):  # of a block inside this one
-                held.add_note(note)
-            if self.error is not None:
-                logger.warning("%s (held back: %r)", self.error, held)
-                raise held from self.error
-            if held is not self.going_through:
-                raise held
-        elif self.error is not None:
-            raise self.error
-        elif group is not None and self.going_through is None:
-            raise group
+
+def let_through(
+    what: str,
+    outcome: TransactionState | str,
+    held: BaseException | None,
+    error: Exception | None,
+    errors: list[BaseException],
+    going_through: BaseException | None,
+) -> None:
+    """Raise what is to be raised at the end: what was held back before our own errors.
+
+    :param what: has ended, and with which `outcome`.
+    :param error: of the end itself.
+    :param errors: of callbacks.
+    :param going_through: goes on by itself: nothing takes its place but what was held back.
+    """
+    if isinstance(outcome, TransactionState):
+        outcome = outcome.value
+    note = f"aiopgsafe: the {what} is {outcome}"
+    group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
+    leading = held or error or going_through
+    if group is not None and leading is not None:
+        logger.error("%s", group, exc_info=group)
+        leading.add_note(f"aiopgsafe: {len(errors)} callback(s) failed: {errors!r}")
+    if held is not None:
+        if note not in getattr(held, "__notes__", ()):  # of a block inside this one
+            held.add_note(note)
+        if error is not None:
+            logger.warning("%s (held back: %r)", error, held)
+            raise held from error
+        if held is not going_through:
+            raise held
+    elif error is not None:
+        raise error
+    elif group is not None and going_through is None:
+        raise group
 
 
 async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = None) -> None:
@@ -311,7 +326,7 @@ async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = No
         except Expired:
             sent = True
             if unit.state is COMMITTING:
-                verdict = unknown(None, _no_answer_in_time(session, section.shield))
+                verdict = unknown(None, no_answer_in_time(session, section.shield))
                 session._drop("no answer to COMMIT")
             else:
                 error = no_answer("ROLLBACK TO", session.commit_timeout)
@@ -389,7 +404,7 @@ async def rollback(session: Session, unit: Unit | None, gen: PQGen[None]) -> Non
             section.callbacks = unit.take()
 
 
-def _no_answer_in_time(session: Session, shield: Shield) -> str:
+def no_answer_in_time(session: Session, shield: Shield) -> str:
     if shield.insisted:
         return "no answer to COMMIT before the program was told once more to stop"
     return f"no answer to COMMIT within {session.commit_timeout:g} seconds"

@@ -27,6 +27,7 @@ import sys
 from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGate
 from _signal import signal as set_handler
 from collections.abc import Awaitable, Callable
+from math import inf
 from threading import get_ident, main_thread
 from time import monotonic
 from types import FrameType
@@ -129,6 +130,11 @@ class Shield:
         self._grace = grace
         self._job: Job[Any] | None = None
         self._until: float | None = None
+
+    @property
+    def until(self) -> float:
+        """When all waiting ends (`time.monotonic()`); infinity if each job's own limit counts."""
+        return inf if self._until is None else self._until
 
     async def hold(self, job: Job[T]) -> T:
         """Wait until `job` has ended or its limit has passed, deaf to all interruptions.

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import pq
 from psycopg.rows import AsyncRowFactory, Row
-from psycopg.transaction import OutOfOrderTransactionNesting
 
 from ._backends import Expired
+from ._base_block import STATUS, BaseBlock
 from ._ending import Section, commit, no_answer, roll_back, run
-from ._entering import Entering
-from ._outcome import (
-    ACTIVE,
-    COMMITTED,
-    ROLLED_BACK,
-    UNKNOWN,
-    TransactionState,
-    ended_by_statement,
-)
+from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, ended_by_statement
 from ._shield import Shield
-from ._unit import Callback
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -32,14 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["Transaction"]
 
 OK = pq.ConnStatus.OK
-IDLE = pq.TransactionStatus.IDLE
-INTRANS = pq.TransactionStatus.INTRANS
-
 
 CursorRow = TypeVar("CursorRow")
 
 
-class Transaction(Entering[Row]):
+class Transaction(BaseBlock[Row], psycopg.AsyncTransaction):
     """A transaction block: what `AsyncConnection.transaction()` returns.
 
     ``async with`` it. A block that ends normally is committed. A block that
@@ -54,33 +40,58 @@ class Transaction(Entering[Row]):
     __module__ = "aiopgsafe"
 
     @property
-    def xid(self) -> int | None:
-        """The transaction's number on the server (`xid8`); None while it isn't known.
+    def connection(self) -> psycopg.AsyncConnection[Any]:
+        """The connection that the block runs on."""
+        return cast("psycopg.AsyncConnection[Any]", self._session)
 
-        It is read in one round trip with the first INSERT, UPDATE, DELETE or MERGE.
-        """
-        return self._unit.xid
+    # Entering
 
-    def ticket(self) -> str:
-        """By which `resolve_commit()` can find out what became of the transaction, later.
+    async def __aenter__(self) -> Self:
+        session, pgconn = self._session, self.pgconn
+        lock = session.lock
+        if not lock.try_acquire():
+            await lock.acquire()
+        try:
+            if self._unit.state is not PENDING:
+                raise TypeError("transaction blocks can be used only once")
+            if pgconn.status == OK and not pgconn.pipeline_status and self._can_wait():
+                session._channel.check()
+                self._enter()
+            else:
+                await self._enter_now()
+        finally:
+            lock.release()
+        return self
 
-        To be kept, in a file or elsewhere, before the block ends: for a program that may be
-        killed in COMMIT. It is known after the first INSERT, UPDATE, DELETE or MERGE; with
-        ``commit_token=True`` from the beginning.
-
-        With a token it is the block's end (or `AsyncConnection.commit()`) that makes it true:
-        a statement that is COMMIT itself is refused from then on.
-
-        Raises `psycopg.NotSupportedError` where outcomes can't be asked for (`aiopgsafe doctor`
-        tells why), in a two-phase transaction (its coordinator knows), and with a token in one
-        that only reads; `psycopg.ProgrammingError` before the first such statement.
-        """
-        return str(self._session._ticket(self._unit))
-
-    @property
-    def savepoint_name(self) -> str | None:
-        """The name of the savepoint; empty for a block that has none."""
-        return self._name
+    async def _enter_now(self) -> None:
+        """In a pipeline; or where the server has to say why not."""
+        session = self._session
+        # BEGIN and SAVEPOINT take no time: an interruption waits for the answer
+        # and then undoes it, instead of racing a cancel request against it.
+        shield = Shield(session._backend, grace=session.cancel_timeout)
+        try:
+            await run(session, shield, self._enter_gen())
+            if shield.held is not None:
+                raise shield.held
+        except GeneratorExit:  # the coroutine is destroyed, its loop is gone
+            raise
+        except BaseException as error:
+            exc: BaseException = error
+            if isinstance(exc, Expired):
+                session._drop("no answer to BEGIN")
+            elif self._entered or (session._failed and not self._is_savepoint):
+                await roll_back(session, shield, self._undo())
+            elif not isinstance(exc, Exception):
+                # It hit the generator itself: what the server makes of it is open.
+                session._drop("interrupted in BEGIN")
+            self._leave()
+            self._end_as(ROLLED_BACK, self.Status.FAILED)
+            if isinstance(exc, Expired):
+                exc = no_answer("BEGIN", session.commit_timeout)
+            self._mark(exc, session.closed)
+            if shield.held is not None and shield.held is not exc:
+                raise shield.held from exc
+            raise exc from None
 
     # Inside the block
 
@@ -134,50 +145,6 @@ class Transaction(Entering[Row]):
         self._check_active("cursor()")
         return self.connection.cursor(name, **kwargs)
 
-    def on_commit(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        """Call ``fn(*args, **kwargs)`` once the transaction is committed, and only then.
-
-        `fn` may be a function or an async function. Callbacks run one after the
-        other in the order of their registration, shielded from cancellation and
-        signals, before the block is left; an async one has ``commit_timeout``
-        seconds. One that raises doesn't keep the others from running: the errors
-        come out together as an ExceptionGroup. Those of a savepoint run with the
-        outermost COMMIT, or never if it is rolled back.
-
-        Raises `TypeError` if `fn` is not callable, `psycopg.ProgrammingError`
-        outside the block.
-        """
-        self._register(COMMITTED, "on_commit()", fn, args, kwargs)
-
-    def on_rollback(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        """Call ``fn(*args, **kwargs)`` once the block, or one around it, is rolled back.
-
-        Otherwise as `on_commit()`. An exception that goes through the block stays
-        what it is: the callbacks' errors are logged, and noted on it.
-        """
-        self._register(ROLLED_BACK, "on_rollback()", fn, args, kwargs)
-
-    def _register(
-        self,
-        when: TransactionState,
-        what: str,
-        fn: Callable[..., object],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        if not callable(fn):
-            raise TypeError(f"{what} takes a function, not {type(fn).__name__}")
-        self._check_active(what)
-        if args or kwargs:
-            fn = partial(fn, *args, **kwargs)
-        self._unit.callbacks.append(Callback(self, when, fn))
-
-    def _check_active(self, what: str) -> None:
-        if self.state is not ACTIVE or self._released:
-            raise psycopg.ProgrammingError(
-                f"{what} is for use inside the block: its transaction is {self.state.value}"
-            )
-
     # Leaving
 
     async def __aexit__(
@@ -221,7 +188,7 @@ class Transaction(Entering[Row]):
         finally:
             self._leave()
             if self.status is self.Status.ACTIVE:
-                self.status = _STATUS.get(unit.state, self.Status.FAILED)
+                self.status = STATUS.get(unit.state, self.Status.FAILED)
             if self._state is ACTIVE and not self._released:
                 # What is around the savepoint ended before it, out of order.
                 self._state = unit.state
@@ -253,15 +220,6 @@ class Transaction(Entering[Row]):
                 self._become_part()
             section.what = "savepoint"
             section.outcome = "part of its transaction" if self._released else "not released"
-
-    def _become_part(self) -> None:
-        """Released: what is around the savepoint decides."""
-        self._leave()
-        self._released = True
-        self.status = self.Status.COMMITTED
-        for callback in self._unit.callbacks:
-            if callback.owner is self:
-                callback.owner = self._outer
 
     async def _undo_on_server(self, shield: Shield, *, later: bool) -> None:
         """As far as it knows of the block.
@@ -314,18 +272,3 @@ class Transaction(Entering[Row]):
             section.callbacks = unit.take(self if self._is_savepoint else None)
             if not self._is_savepoint:
                 section.unit = unit
-
-    def _nesting_error(self) -> OutOfOrderTransactionNesting | None:
-        blocks = self._session._blocks
-        if not blocks or blocks[-1] is self:
-            return None
-        return OutOfOrderTransactionNesting(
-            f"the block is left before one that was entered inside it: {self}"
-        )
-
-
-_STATUS = {
-    COMMITTED: psycopg.AsyncTransaction.Status.COMMITTED,
-    ROLLED_BACK: psycopg.AsyncTransaction.Status.ROLLED_BACK_WITH_ERROR,
-    UNKNOWN: psycopg.AsyncTransaction.Status.FAILED,
-}

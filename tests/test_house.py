@@ -21,7 +21,7 @@ from psycopg.pq import ConnStatus
 import aiopgsafe
 from aiopgsafe import _backends
 from aiopgsafe._backends import _readiness
-from aiopgsafe._connection._cursor import AsyncCursor
+from aiopgsafe._connection._rider import RidingCursor
 
 PACKAGE = Path(aiopgsafe.__file__).parent
 
@@ -35,8 +35,10 @@ STOREYS = [
     "_unit",
     "_session",
     "_ending",
-    "_entering",
+    "_base_block",
     "_transaction",
+    "_sync_ending",
+    "_sync_transaction",
     "_signals",
     "_connection",
     "_retry",
@@ -152,11 +154,12 @@ def test_a_psycopg_that_moves_its_private_parts_fails_here(
     assert f"({', '.join(parameters)})" == signature
 
 
-def test_a_cursor_is_made_as_psycopg_makes_it() -> None:
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_cursor_is_made_as_psycopg_makes_it(is_async: bool) -> None:
     """Ours sets the same attributes, but for the adapters, which it makes when asked."""
-    made = inspect.getsource(psycopg.AsyncCursor.__init__)
+    made = inspect.getsource(psycopg.AsyncCursor.__init__ if is_async else psycopg.Cursor.__init__)
     made += inspect.getsource(psycopg._cursor_base.BaseCursor.__init__)
-    ours = inspect.getsource(AsyncCursor.__init__)
+    ours = inspect.getsource(RidingCursor._set_up)
     assert set(re.findall(r"self\.(\w+)(?:: .*)? = ", made)) == set(
         re.findall(r"self\.(\w+)(?:: .*)? = ", ours)
     )

@@ -9,5 +9,6 @@ signatures that this folder relies on.
 
 from ._async import AsyncConnection
 from ._resolving import resolve_commit
+from ._sync import Connection
 
-__all__ = ["AsyncConnection", "resolve_commit"]
+__all__ = ["AsyncConnection", "Connection", "resolve_commit"]

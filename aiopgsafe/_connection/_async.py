@@ -27,16 +27,15 @@ from .._backends._lock import Lock
 from .._ending import Section
 from .._errors import mark_lost
 from .._transaction import Transaction
-from .._unit import Unit
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
 from ._endings import Endings
-from ._generators import begin_command, isolation
+from ._generators import begin_as
 from ._losing import DisconnectHandler
 from ._messages import Told
 from ._pipeline import Pipeline
 from ._released import renewed
-from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS, NOTED, RIDES, STREAMS, traits_of
+from ._statements import ENDS, NOTED, STREAMS, traits_of
 
 if TYPE_CHECKING:
     from psycopg.abc import AdaptContext, ConnParam, Params, PQGen
@@ -106,25 +105,11 @@ class AsyncConnection(Endings[Row]):
         self._handlers_changed = False
         self._in_libpq = False
         self._write_refused = False
-        self._blocks: list[Transaction[Any]] = []
-        self._unit: Unit | None = None
         self._fatal: psycopg.Error | None = None
-        self._statement_timeout: float | None = None
-        self._limited = False
         self._signalled = None
         self._uncancellable: object = None
         self._section: Section | None = None
-        self._origin = None
-        self._names = {}
-        self._preparing = []
-        self._numbers = 0
-        self._writes = None
-        self._others = False
-        self._begin_waits = None
-        self._queue = []
-        self._rider = None
-        self._unbegun = self._by_hand = self._undoing = self._streamed = False
-        self._rides = RIDES
+        self._set_up_riding()
         self._notifies_listening: deque[Notify] | None = None
 
     # Connecting
@@ -259,22 +244,8 @@ class AsyncConnection(Endings[Row]):
         self._ended_by_statement(None)
         return result
 
-    def _note(self, found: int) -> None:
-        """Note what a statement's traits say of the session, before it is sent."""
-        unit = self._current_unit if found & ENDS else None
-        if unit is not None and unit.token is not None and unit.ticketed:
-            raise psycopg.ProgrammingError(
-                "somebody has the transaction's ticket, whose token goes with the COMMIT of its"
-                " block or of AsyncConnection.commit(): end it by these"
-            )
-        if found & ACCESS:
-            self._writes = None
-        if found & LISTENS:
-            self._told.listening = True
-        if found & FORGETS:
-            self._names.clear()
-        if found & BY_HAND:
-            self._by_hand = True
+    def _expect_notifies(self) -> None:
+        self._told.listening = True
 
     async def _drive(self, gen: PQGen[RV], timeout: float | None = None) -> RV:
         channel = self._channel
@@ -364,14 +335,7 @@ class AsyncConnection(Endings[Row]):
         Raises `ValueError` for an unknown isolation level; entering raises
         `psycopg.ProgrammingError` if they are given for a savepoint.
         """
-        begin = None
-        if (isolation_level, read_only, deferrable) != (None, None, None):
-            level = self.isolation_level if isolation_level is None else isolation_level
-            begin = begin_command(
-                None if level is None else isolation(level),
-                self.read_only if read_only is None else read_only,
-                self.deferrable if deferrable is None else deferrable,
-            )
+        begin = begin_as(self, isolation_level, read_only, deferrable)
         return Transaction(
             *(self, savepoint_name, force_rollback), begin=begin, commit_token=commit_token
         )

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Self, cast
-from weakref import ref
 
 import psycopg
-from psycopg import errors, pq
-from psycopg._preparing import Prepare
-from psycopg.adapt import AdaptersMap, Transformer
+from psycopg import errors
 from psycopg.rows import AsyncRowFactory, Row
 
 from .._backends import Expired
@@ -21,27 +16,19 @@ from .._ending import acquire_shielded, run
 from .._shield import Shield
 from ._copy import AsyncCopy
 from ._query import CachingQuery
-from ._riding import POSITION_QUERY, is_undefined_name
-from ._statements import ENDS, NOTED, WRITES, traits_of_text
-from ._together import check, collect_gen, leave_pipeline_mode, rest_gen
+from ._rider import RidingCursor
+from ._statements import ENDS
 
 if TYPE_CHECKING:
     from psycopg._copy_async import AsyncWriter
-    from psycopg._queries import PostgresQuery
     from psycopg.abc import Params, PQGen, Query
 
     from .._session import Session
-    from .._unit import Unit
 
 __all__ = ["AsyncCursor", "AsyncServerCursor"]
 
-OK = pq.ConnStatus.OK
-COMMAND_OK = pq.ExecStatus.COMMAND_OK
-STATUS = attrgetter("status")
-GOOD = frozenset(map(int, (COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.EMPTY_QUERY)))
 
-
-class AsyncCursor(psycopg.AsyncCursor[Row]):
+class AsyncCursor(RidingCursor[Row], psycopg.AsyncCursor[Row]):
     """psycopg's. BEGIN and the like ride on what it executes (`_riding`)."""
 
     __module__ = "aiopgsafe"
@@ -55,26 +42,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         *,
         row_factory: AsyncRowFactory[Row] | None = None,
     ) -> None:
-        # As psycopg's does it, but for a copy of the connection's adapters: see `adapters`.
-        self._conn = connection
-        self._pgconn = connection.pgconn
-        self._adapters: AdaptersMap = None  # type: ignore[assignment]  # a cast would be a call
-        self._row_factory = row_factory or connection.row_factory
-        self._last_query = None
-        self.format = pq.Format.TEXT
-        self.arraysize = 1
-        self._closed = False
-        self._reset()
-
-    @property
-    def adapters(self) -> AdaptersMap:
-        """The cursor's own adapters, copied from the connection's when they are asked for."""
-        if self._adapters is None:
-            self._adapters = adapters = AdaptersMap(self._conn.adapters)
-            changed = partial(self._loaders_changed, ref(self))
-            adapters._register_loader_callback = changed
-            self._last_query = None  # what was kept for it knows the connection's only
-        return self._adapters
+        self._set_up(connection, row_factory)
 
     @asynccontextmanager
     async def copy(
@@ -93,36 +61,6 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         except errors._NO_TRACEBACK as exc:
             raise exc.with_traceback(None)  # noqa: B904
         self._select_current_result(0)  # its row count
-
-    def _execute_gen(
-        self,
-        query: Query,
-        params: Params | None = None,
-        *,
-        prepare: bool | None = None,
-        binary: bool | None = None,
-    ) -> PQGen[None]:
-        """psycopg's, with fewer generators and calls."""
-        yield from self._start_query(query)
-        pgq = self._query_cls(self._tx)
-        pgq.convert(query, params)
-        yield from self._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-        conn: Any = self._conn
-        if conn._pipeline:
-            yield from conn._pipeline._communicate_gen()
-        self._last_query = query
-        if conn._prepared._to_flush:
-            yield from conn._prepared.maintain_gen(conn)
-
-    def _start_query(self, query: Query | None = None) -> PQGen[None]:
-        if self._closed:
-            raise psycopg.InterfaceError("the cursor is closed")
-        if self._last_query is None or self._last_query is not query:
-            self._last_query = None
-            self._tx = Transformer(self._conn if self._adapters is None else self)
-        if self._query or self.pgresult or self._execmany_returning is not None:  # used before
-            self._reset()
-        return self._conn._start_query()
 
     async def execute(
         self,
@@ -154,105 +92,6 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
         if self._traits & ENDS:
             conn._ended_by_statement(None)
         return self
-
-    def _maybe_prepare_gen(
-        self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
-    ) -> PQGen[None]:
-        """psycopg's. BEGIN and SAVEPOINT ride before the statement, the number behind it."""
-        conn: Any = self._conn
-        self._traits = found = traits_of_text(pgq.query)
-        queued = conn._begin_waits is not None or conn._queue
-        if found & NOTED and not queued:
-            conn._note(found)
-        if conn._pipeline is not None or not (queued or found & WRITES):
-            conn._streamed = conn._streamed and conn._pipeline is not None
-            return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-        return self._riding_gen(found, pgq, prepare, binary)
-
-    def _riding_gen(
-        self, found: int, pgq: PostgresQuery, prepare: bool | None, binary: bool | None
-    ) -> PQGen[None]:
-        """A statement on which something may ride."""
-        conn: Any = self._conn
-        queued = conn._begin_waits is not None or conn._queue
-        if queued and not (found & conn._rides and conn._may_ride()):
-            yield from conn._flush_gen()
-            queued = False
-        if found & NOTED:  # of the transaction that has begun now
-            conn._note(found)
-        unit = conn._unnumbered() if found & WRITES else None
-        if queued or unit is not None:
-            yield from self._together_gen(pgq, unit, prepare, binary)
-        else:
-            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-
-    def _together_gen(
-        self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None
-    ) -> PQGen[None]:
-        """The statement, and what rides on it. Results come `before`, for `ours`, and `behind`."""
-        conn: Any = self._conn
-        pgconn = self._pgconn
-        if conn._streamed:
-            yield from conn._end_streaming_gen()
-        prep, name = conn._prepared.get(pgq, prepare)
-        asks = conn._origin is None and conn._asks()
-        waiting = (conn._begin_waits, conn._queue)
-        try:
-            pgconn.enter_pipeline_mode()
-            if asks:
-                conn._send_history()
-            before = conn._send_queue()
-            ours = self._send_own(pgq, prep, name, binary)
-            behind = conn._send(POSITION_QUERY, before + ours) if unit is not None else 0
-            pgconn.pipeline_sync()
-            key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
-            results = yield from collect_gen(pgconn, 2 if asks else 1)
-        except psycopg.Error:
-            if pgconn.status == OK:  # libpq has refused it: too many parameters
-                conn._preparing.clear()
-                conn._names.clear()
-                yield from rest_gen(pgconn)
-                conn._unbegun = False  # BEGIN has gone before it
-            raise
-        finally:
-            leave_pipeline_mode(pgconn)
-        if asks:
-            conn._came_from(results.pop(0))
-        good = GOOD.issuperset(map(STATUS, results))
-        if not good or conn._preparing:
-            conn._prepared_now(results)
-        if good and len(results) != before + ours + behind:
-            conn._drop(f"{len(results)} results came instead of {before + ours + behind}")
-            raise psycopg.InternalError("the server's answers don't belong to what was sent")
-        own = [results[before + ours - 1]]
-        if prep is Prepare.SHOULD and results[before].status != COMMAND_OK:
-            conn._prepared._names.pop(conn._prepared.key(pgq), None)
-        elif key is not None:
-            conn._prepared.validate(key, prep, name, own)
-        if not good:
-            if waiting[0] is not None and is_undefined_name(results[0]):
-                # A DEALLOCATE inside a function. Nothing has been executed: once more, without.
-                conn._begin_waits, conn._queue = waiting
-                yield from self._together_gen(pgq, unit, prepare, binary)
-                return
-            check(results[:before], pgconn)
-        conn._unbegun = False
-        if unit is not None:
-            conn._numbered(unit, results[-1])
-        if not good:
-            check(results, pgconn)
-            self._check_results(own)
-        self._set_results(own)
-
-    def _send_own(self, pgq: PostgresQuery, prep: Prepare, name: bytes, binary: bool | None) -> int:
-        """The statement itself. How many results come: two if it is prepared only now."""
-        if prep is Prepare.NO:
-            self._execute_send(pgq, binary=binary, force_extended=True)
-            return 1
-        if prep is Prepare.SHOULD:
-            self._send_prepare(name, pgq)
-        self._send_query_prepared(name, pgq, binary=binary)
-        return 2 if prep is Prepare.SHOULD else 1
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

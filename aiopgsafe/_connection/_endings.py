@@ -31,23 +31,6 @@ class Endings(ConnectionEvents[Row]):
     _section: Section | None
     _reach: Reach
 
-    def _ticket(self, unit: Unit) -> Ticket | Token:
-        """See `Transaction.ticket()`."""
-        if self._tpc is not None:
-            raise psycopg.NotSupportedError("in two phases the coordinator knows the outcome")
-        if unit.token is not None:
-            if self._may_write() is False:
-                raise psycopg.NotSupportedError("a transaction that only reads has no token")
-            unit.ticketed = True
-            return unit.token.of_database(self.info.dbname)
-        if (ticket := unit.number_ticket) is not None:
-            return ticket
-        if self._origin is False:
-            raise psycopg.NotSupportedError(
-                "outcomes can't be asked for on this connection: use commit_token=True"
-            )
-        raise psycopg.ProgrammingError("the transaction has not written anything yet")
-
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of a transaction whose COMMIT was lost, and what was tried to know it."""
         origin = self._origin if isinstance(self._origin, Origin) else None
@@ -107,12 +90,6 @@ class Endings(ConnectionEvents[Row]):
             await rollback(self, unit, self._tpc_finish_gen("ROLLBACK", xid))
         finally:
             self._settled(unit)
-
-    def _settled(self, unit: Unit | None) -> None:
-        # Asked for like that: a callback may have given the connection back.
-        ours = self.__dict__.get("_unit")
-        if unit is not None and unit.state is not TransactionState.ACTIVE and unit is ours:
-            self._unit = None
 
     async def _settle_at_close(self) -> None:
         unit, self._unit = self._unit, None

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import IsolationLevel, errors, generators, pq
+from psycopg._connection_base import BaseConnection
 from psycopg.rows import Row
 
 from .._errors import CommitRolledBack
 from .._outcome import TransactionState, check_tag, ended_by_statement
 from .._unit import Unit
 from ._riding import POSITION_QUERY, Riding
+from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS
 from ._together import check, collect_gen, leave_pipeline_mode
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
+    from .._resolver import Ticket, Token
     from .._transaction import Transaction
 
 logger = logging.getLogger("aiopgsafe")
@@ -37,7 +40,7 @@ INERROR = pq.TransactionStatus.INERROR
 
 
 class EndingGenerators(Riding[Row]):
-    """The part of `AsyncConnection` that speaks to the server (see `_ending.Session`)."""
+    """The part of a connection that speaks to the server (see `_session.Session`)."""
 
     commit_token: bool
 
@@ -82,6 +85,26 @@ class EndingGenerators(Riding[Row]):
         if self._rider is None:
             self._others = True
 
+    def _expect_notifies(self) -> None:
+        """A LISTEN is about to be sent."""
+
+    def _note(self, found: int) -> None:
+        """Note what a statement's traits say of the session, before it is sent."""
+        unit = self._current_unit if found & ENDS else None
+        if unit is not None and unit.token is not None and unit.ticketed:
+            raise psycopg.ProgrammingError(
+                "somebody has the transaction's ticket, whose token goes with the COMMIT of its"
+                " block or of AsyncConnection.commit(): end it by these"
+            )
+        if found & ACCESS:
+            self._writes = None
+        if found & LISTENS:
+            self._expect_notifies()
+        if found & FORGETS:
+            self._names.clear()
+        if found & BY_HAND:
+            self._by_hand = True
+
     def _ended_by_statement(self, error: BaseException | None) -> None:
         """A statement of the program's own was to end the transaction, COMMIT or ROLLBACK.
 
@@ -112,30 +135,14 @@ class EndingGenerators(Riding[Row]):
             yield from self._pipeline._sync_gen()
 
     def _send_commit_gen(self, unit: Unit) -> PQGen[bool]:
-        if self._undoing:
-            yield from self._flush_gen()
-        self._clear_queue()  # RELEASE
-        lives = self.pgconn.transaction_status == INTRANS
-        if lives and unit.token is not None and not unit.ticketed:
-            if self._writes is None:
-                self._writes = yield from self._ask_access_gen()
-            if not self._writes:
-                unit.token = None
-        unnumbered = unit.origin is None and unit.token is None and self._writes is not False
-        numbers = bool(lives and self._origin and unnumbered)
+        if self._undoing or unit.token is not None:
+            yield from self._before_commit_gen(unit)
+        numbers = self._lacks_number(unit)
         if numbers and self._streamed and not self._pipeline:
             yield from self._end_streaming_gen()
+        commands = self._commit_commands(unit)
         # From here on only the server knows.
         unit.advance(TransactionState.COMMITTING)
-        commands = [b"COMMIT"]
-        if lives and unit.token is not None:
-            # In one message with COMMIT: a session that has inserted it never waits.
-            commands.insert(0, unit.token.insert)
-            unit.token_sent = True
-        if lives and self._limited:
-            # A timeout cancels even the wait for synchronous replication: committed
-            # here, and not there.
-            commands.insert(0, NO_TIMEOUT)
         if numbers:
             result = yield from self._numbered_commit_gen(unit, commands)
         else:
@@ -147,6 +154,38 @@ class EndingGenerators(Riding[Row]):
                 logger.warning("error ignored after the rollback of %s: %s", self, exc)
             check_tag(tag)
         return True
+
+    def _before_commit_gen(self, unit: Unit) -> PQGen[None]:
+        """What must be done, or known, before COMMIT is sent, where there is anything."""
+        if self._undoing:
+            yield from self._flush_gen()
+        lives = self.pgconn.transaction_status == INTRANS
+        if lives and unit.token is not None and not unit.ticketed:
+            if self._writes is None:
+                self._writes = yield from self._ask_access_gen()
+            if not self._writes:
+                unit.token = None
+
+    def _lacks_number(self, unit: Unit) -> bool:
+        """Whether the transaction may have written, and nobody knows its number."""
+        unnumbered = unit.origin is None and unit.token is None and self._writes is not False
+        lives = self.pgconn.transaction_status == INTRANS
+        return bool(unnumbered and lives and self._origin)
+
+    def _commit_commands(self, unit: Unit) -> list[bytes]:
+        """COMMIT, and what goes with it."""
+        self._clear_queue()  # RELEASE
+        commands = [b"COMMIT"]
+        lives = self.pgconn.transaction_status == INTRANS
+        if lives and unit.token is not None:
+            # In one message with COMMIT: a session that has inserted it never waits.
+            commands.insert(0, unit.token.insert)
+            unit.token_sent = True
+        if lives and self._limited:
+            # A timeout cancels even the wait for synchronous replication: committed
+            # here, and not there.
+            commands.insert(0, NO_TIMEOUT)
+        return commands
 
     def _numbered_commit_gen(self, unit: Unit, commands: Sequence[bytes]) -> PQGen[PGresult]:
         """COMMIT of a transaction whose number isn't known yet: it comes back just before it."""
@@ -175,7 +214,12 @@ class EndingGenerators(Riding[Row]):
         yield from super()._deallocate(name)
 
     def _commit_unit_gen(self, unit: Unit) -> PQGen[bool]:
-        """For `commit()`, with psycopg's guards."""
+        """For `commit()`."""
+        ended = yield from self._commits_unit_gen(unit)
+        return (yield from self._send_commit_gen(unit)) if ended is None else ended
+
+    def _commits_unit_gen(self, unit: Unit) -> PQGen[bool | None]:
+        """psycopg's guards. None: there is something to commit. True: nothing was executed."""
         if self._num_transactions:
             raise psycopg.ProgrammingError(
                 "Explicit commit() forbidden within a Transaction context."
@@ -184,7 +228,7 @@ class EndingGenerators(Riding[Row]):
         if self._tpc:
             raise psycopg.ProgrammingError("commit() cannot be used during a two-phase transaction")
         yield from self._sync_gen()
-        if self._begin_waits is not None:  # nothing was executed
+        if self._begin_waits is not None:
             self._forget_queue()
             unit.advance(TransactionState.COMMITTING)
             return True
@@ -192,13 +236,19 @@ class EndingGenerators(Riding[Row]):
             self._forget_unit()
             return False
         self._check_not_active()
-        return (yield from self._send_commit_gen(unit))
+        return None
 
     def _block_commit_gen(self, unit: Unit) -> PQGen[bool]:
         """For the end of the outermost block."""
         if self._pipeline or self.pgconn.status != OK:
             yield from self._sync_gen()
-        if self._begin_waits is not None:  # nothing was executed
+        if self._ends_empty(unit):
+            return True
+        return (yield from self._send_commit_gen(unit))
+
+    def _ends_empty(self, unit: Unit) -> bool:
+        """Whether nothing was executed in the outermost block. Raises if COMMIT can't be sent."""
+        if self._begin_waits is not None:
             self._forget_queue()
             unit.advance(TransactionState.COMMITTING)
             return True
@@ -209,7 +259,14 @@ class EndingGenerators(Riding[Row]):
             raise ended_by_statement()
         if self.pgconn.transaction_status != INTRANS:
             self._check_not_active()
-        return (yield from self._send_commit_gen(unit))
+        return False
+
+    def _number_gen(self, unit: Unit) -> PQGen[None]:
+        """Ask for the transaction's number, in a round trip of its own."""
+        self.pgconn.send_query_params(POSITION_QUERY, None)
+        results = yield from generators.execute(self.pgconn)
+        check(results, self.pgconn)
+        self._numbered(unit, results[-1])
 
     def _ask_access_gen(self) -> PQGen[bool]:
         """Whether the transaction may write: one that the program began, or changed, itself."""
@@ -288,6 +345,29 @@ class EndingGenerators(Riding[Row]):
             raise errors.error_from_result(results[-1], encoding=self.pgconn._encoding)
         return results[0].get_value(0, 0) or b"0"
 
+    def _ticket(self, unit: Unit) -> Ticket | Token:
+        """See `Transaction.ticket()`."""
+        if self._tpc is not None:
+            raise psycopg.NotSupportedError("in two phases the coordinator knows the outcome")
+        if unit.token is not None:
+            if self._may_write() is False:
+                raise psycopg.NotSupportedError("a transaction that only reads has no token")
+            unit.ticketed = True
+            return unit.token.of_database(self.info.dbname)
+        if (ticket := unit.number_ticket) is not None:
+            return ticket
+        if self._origin is False:
+            raise psycopg.NotSupportedError(
+                "outcomes can't be asked for on this connection: use commit_token=True"
+            )
+        raise psycopg.ProgrammingError("the transaction has not written anything yet")
+
+    def _settled(self, unit: Unit | None) -> None:
+        # Asked for like that: a callback may have given the connection back.
+        ours = self.__dict__.get("_unit")
+        if unit is not None and unit.state is not TransactionState.ACTIVE and unit is ours:
+            self._unit = None
+
     @property
     def _in_transaction(self) -> bool:
         return self.pgconn.transaction_status in (INTRANS, INERROR)
@@ -332,6 +412,23 @@ def isolation(level: IsolationLevel | int) -> IsolationLevel:
     except ValueError:
         names = ", ".join(f"IsolationLevel.{known.name}" for known in IsolationLevel)
         raise ValueError(f"isolation_level is one of {names}, not {level!r}") from None
+
+
+def begin_as(
+    conn: BaseConnection[Any],
+    level: IsolationLevel | int | None,
+    read_only: bool | None,
+    deferrable: bool | None,
+) -> bytes | None:
+    """The BEGIN of a block; what isn't given is as of the connection. None: all of it is."""
+    if (level, read_only, deferrable) == (None, None, None):
+        return None
+    level = conn.isolation_level if level is None else level
+    return begin_command(
+        None if level is None else isolation(level),
+        conn.read_only if read_only is None else read_only,
+        conn.deferrable if deferrable is None else deferrable,
+    )
 
 
 def begin_command(

@@ -22,7 +22,7 @@ BAD = pq.ConnStatus.BAD
 DisconnectHandler = Callable[[psycopg.OperationalError], object]
 
 
-class Losing(EndingGenerators[Row]):
+class Losing(EndingGenerators[Row], psycopg.AsyncConnection[Row]):
     """The part of `AsyncConnection` that ends."""
 
     _channel: Channel

@@ -22,19 +22,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 from psycopg import ConnectionInfo, errors, generators, pq
+from psycopg._connection_base import BaseConnection
 from psycopg.rows import Row
 
 from .._backends import Backend
 from .._resolver import HISTORY, POSITION, Origin
+from ._statements import RIDES
 from ._together import KeptResults, check, together_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
-    from .._transaction import Transaction
     from .._unit import Unit
-    from ._cursor import AsyncCursor
+    from ._rider import RidingCursor
     from ._together import Results
 
 logger = logging.getLogger("aiopgsafe")
@@ -55,8 +56,8 @@ POSITION_QUERY = POSITION.encode()
 DEALLOCATE = b"DEALLOCATE ALL"
 
 
-class Riding(psycopg.AsyncConnection[Row]):
-    """The part of `AsyncConnection` that lets commands ride, and knows whom it can ask.
+class Riding(BaseConnection[Row]):
+    """The part of a connection that lets commands ride, and knows whom it can ask.
 
     :ivar _origin: None: not asked yet; False: outcomes can't be asked for. The role or the
         server doesn't answer, or a pooler stands between: the session isn't ours.
@@ -69,14 +70,14 @@ class Riding(psycopg.AsyncConnection[Row]):
     """
 
     cancel_timeout: float
-    send_deadline: bool
+    send_deadline: bool = False
     _backend: Backend
     _statement_timeout: float | None
     _limited: bool  # whether COMMIT has a timeout to be rid of
 
     _begin_waits: bytes | None
     _queue: list[bytes]
-    _rider: AsyncCursor[Any] | None
+    _rider: RidingCursor[Any] | None
     _undoing: bool  # the queue begins with ROLLBACK TO: see `_undo_later()`
     _streamed: bool  # `stream()` was the last: libpq would go on row by row in a pipeline
     _unbegun: bool  # BEGIN was taken from the queue, and has not succeeded
@@ -89,8 +90,25 @@ class Riding(psycopg.AsyncConnection[Row]):
     _numbers: int
     _writes: bool | None  # whether the transaction may write; None: the server has to say
     _others: bool  # whether other cursors than ours have been used in it
-    _blocks: list[Transaction[Any]]
+    _blocks: list[Any]  # `Transaction`s, or `SyncTransaction`s
     _unit: Unit | None
+
+    def _set_up_riding(self) -> None:
+        self._statement_timeout = None
+        self._limited = False
+        self._blocks = []
+        self._unit = None
+        self._origin = None
+        self._names = {}
+        self._preparing = []
+        self._numbers = 0
+        self._writes = None
+        self._others = False
+        self._begin_waits = None
+        self._queue = []
+        self._rider = None
+        self._unbegun = self._by_hand = self._undoing = self._streamed = False
+        self._rides = RIDES
 
     @property
     def _current_unit(self) -> Unit | None:

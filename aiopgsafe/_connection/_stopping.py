@@ -16,7 +16,7 @@ from .._backends._lock import Lock
 from .._shield import Shield
 from ._losing import Losing
 from ._statements import ending_statement, name_of
-from ._together import leave_pipeline_mode, rest_gen
+from ._together import leave_pipeline_mode, left_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, PQGenConn
@@ -25,7 +25,6 @@ logger = logging.getLogger("aiopgsafe")
 
 AWAITING_RESPONSE = pq.ConnStatus.AWAITING_RESPONSE
 ACTIVE = pq.TransactionStatus.ACTIVE
-COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 FIRST_PAUSE = 0.05
 MAX_PAUSE = 0.5
@@ -116,11 +115,7 @@ class StatementStopping(Losing[Row]):
         """
         if self.closed or self._pipeline:
             return None
-        if self.pgconn.pipeline_status:
-            return rest_gen(self.pgconn)
-        if self.pgconn.transaction_status != ACTIVE:
-            return None
-        return self._end_copy_gen() if interrupted == "_start_copy_gen" else self._drain_gen()
+        return left_gen(self.pgconn, interrupted)
 
     async def _finish_ending(
         self, shield: Shield, interruption: BaseException, cursor: psycopg.AsyncCursor[Any]
@@ -135,18 +130,6 @@ class StatementStopping(Losing[Row]):
         except psycopg.Error as exc:
             said = str(exc)
         interruption.add_note(f"aiopgsafe: the statement was waited for, the server said: {said}")
-
-    def _drain_gen(self) -> PQGen[None]:
-        while (result := (yield from generators.fetch(self.pgconn))) is not None:
-            if result.status in COPYING:
-                return
-
-    def _end_copy_gen(self) -> PQGen[None]:
-        copy = self.pgconn.get_result()  # of which there are any number, in COPY mode
-        if copy is not None and copy.status == pq.ExecStatus.COPY_IN:
-            yield from generators.copy_end(self.pgconn, b"the task was interrupted")
-        while isinstance((yield from generators.copy_from(self.pgconn)), memoryview):
-            continue
 
     async def _send_cancel(self, shield: Shield, deadline: float) -> None:
         """Have the server take a cancel request, or fail to: both are for the caller's loop."""

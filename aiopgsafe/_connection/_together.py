@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aiopgsafe")
 
+ACTIVE = pq.TransactionStatus.ACTIVE
+COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 SYNC = pq.ExecStatus.PIPELINE_SYNC
 ABORTED = pq.ExecStatus.PIPELINE_ABORTED
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
@@ -88,6 +90,34 @@ def rest_gen(pgconn: PGconn) -> PQGen[None]:
             if not pgconn.pipeline_status:
                 return
         results = yield from generators.fetch_many(pgconn)
+
+
+def left_gen(pgconn: PGconn, interrupted: str = "") -> PQGen[None] | None:
+    """Takes what is still to come of a statement whose generator has ended before it.
+
+    :param interrupted: the generator's name.
+    """
+    if pgconn.pipeline_status:
+        return rest_gen(pgconn)
+    if pgconn.transaction_status != ACTIVE:
+        return None
+    return end_copy_gen(pgconn) if interrupted == "_start_copy_gen" else drain_gen(pgconn)
+
+
+def drain_gen(pgconn: PGconn) -> PQGen[None]:
+    """Take all results, up to a COPY."""
+    while (result := (yield from generators.fetch(pgconn))) is not None:
+        if result.status in COPYING:
+            return
+
+
+def end_copy_gen(pgconn: PGconn) -> PQGen[None]:
+    """End a COPY that has just begun."""
+    copy = pgconn.get_result()  # of which there are any number, in COPY mode
+    if copy is not None and copy.status == pq.ExecStatus.COPY_IN:
+        yield from generators.copy_end(pgconn, b"the task was interrupted")
+    while isinstance((yield from generators.copy_from(pgconn)), memoryview):
+        continue
 
 
 def check(results: Sequence[PGresult], pgconn: PGconn) -> None:

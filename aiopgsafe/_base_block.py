@@ -1,37 +1,45 @@
-"""How a transaction block begins, and what it is: a transaction of the server, or a savepoint."""
+"""What a transaction block is, in async code and in sync: a transaction, or a savepoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Self, cast
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic
 
 import psycopg
 from psycopg import pq, sql
 from psycopg.rows import Row
+from psycopg.transaction import BaseTransaction, OutOfOrderTransactionNesting
 
-from ._backends import Expired
-from ._ending import no_answer, roll_back, run
 from ._errors import mark_retry, may_be_loss_of
-from ._outcome import ACTIVE, COMMITTING, PENDING, ROLLED_BACK, UNKNOWN, TransactionState
+from ._outcome import (
+    ACTIVE,
+    COMMITTED,
+    COMMITTING,
+    PENDING,
+    ROLLED_BACK,
+    UNKNOWN,
+    TransactionState,
+)
 from ._session import Session
-from ._shield import Shield
-from ._unit import Unit
+from ._unit import Callback, Unit
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
-__all__ = ["Entering"]
+__all__ = ["STATUS", "BaseBlock"]
 
 OK = pq.ConnStatus.OK
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
 
 
-class Entering(psycopg.AsyncTransaction, Generic[Row]):
-    """The part of `Transaction` up to its body."""
+class BaseBlock(BaseTransaction[Any], Generic[Row]):
+    """The part of a transaction block that waits for nothing."""
 
     def __init__(
         self,
-        connection: psycopg.AsyncConnection[Row],
+        connection: Any,
         savepoint_name: str | None = None,
         force_rollback: bool = False,
         *,
@@ -39,7 +47,7 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         commit_token: bool | None = None,
     ) -> None:
         super().__init__(connection, savepoint_name, force_rollback)
-        self._session: Session = connection  # type: ignore[assignment]  # a cast would be a call
+        self._session: Session = connection
         self._begin = begin
         self._name = savepoint_name or ""
         with_token = self._session.commit_token if commit_token is None else commit_token
@@ -68,26 +76,81 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         return self._outer.state if self._outer is not None else self._unit.state
 
     @property
-    def connection(self) -> psycopg.AsyncConnection[Any]:
-        """The connection that the block runs on."""
-        return cast("psycopg.AsyncConnection[Any]", self._session)
+    def xid(self) -> int | None:
+        """The transaction's number on the server (`xid8`); None while it isn't known.
 
-    async def __aenter__(self) -> Self:
-        session, pgconn = self._session, self.pgconn
-        lock = session.lock
-        if not lock.try_acquire():
-            await lock.acquire()
-        try:
-            if self._unit.state is not PENDING:
-                raise TypeError("transaction blocks can be used only once")
-            if pgconn.status == OK and not pgconn.pipeline_status and self._can_wait():
-                session._channel.check()
-                self._enter()
-            else:
-                await self._enter_now()
-        finally:
-            lock.release()
-        return self
+        It is read in one round trip with the first INSERT, UPDATE, DELETE or MERGE.
+        """
+        return self._unit.xid
+
+    def ticket(self) -> str:
+        """By which `resolve_commit()` can find out what became of the transaction, later.
+
+        To be kept, in a file or elsewhere, before the block ends: for a program that may be
+        killed in COMMIT. It is known after the first INSERT, UPDATE, DELETE or MERGE; with
+        ``commit_token=True`` from the beginning.
+
+        With a token it is the block's end (or `AsyncConnection.commit()`) that makes it true:
+        a statement that is COMMIT itself is refused from then on.
+
+        Raises `psycopg.NotSupportedError` where outcomes can't be asked for (`aiopgsafe doctor`
+        tells why), in a two-phase transaction (its coordinator knows), and with a token in one
+        that only reads; `psycopg.ProgrammingError` before the first such statement.
+        """
+        return str(self._session._ticket(self._unit))
+
+    @property
+    def savepoint_name(self) -> str | None:
+        """The name of the savepoint; empty for a block that has none."""
+        return self._name
+
+    # Inside the block
+
+    def on_commit(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Call ``fn(*args, **kwargs)`` once the transaction is committed, and only then.
+
+        `fn` may be a function or an async function. Callbacks run one after the
+        other in the order of their registration, shielded from cancellation and
+        signals, before the block is left; an async one has ``commit_timeout``
+        seconds. One that raises doesn't keep the others from running: the errors
+        come out together as an ExceptionGroup. Those of a savepoint run with the
+        outermost COMMIT, or never if it is rolled back.
+
+        Raises `TypeError` if `fn` is not callable, `psycopg.ProgrammingError`
+        outside the block.
+        """
+        self._register(COMMITTED, "on_commit()", fn, args, kwargs)
+
+    def on_rollback(self, fn: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Call ``fn(*args, **kwargs)`` once the block, or one around it, is rolled back.
+
+        Otherwise as `on_commit()`. An exception that goes through the block stays
+        what it is: the callbacks' errors are logged, and noted on it.
+        """
+        self._register(ROLLED_BACK, "on_rollback()", fn, args, kwargs)
+
+    def _register(
+        self,
+        when: TransactionState,
+        what: str,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"{what} takes a function, not {type(fn).__name__}")
+        self._check_active(what)
+        if args or kwargs:
+            fn = partial(fn, *args, **kwargs)
+        self._unit.callbacks.append(Callback(self, when, fn))
+
+    def _check_active(self, what: str) -> None:
+        if self.state is not ACTIVE or self._released:
+            raise psycopg.ProgrammingError(
+                f"{what} is for use inside the block: its transaction is {self.state.value}"
+            )
+
+    # Entering
 
     def _can_wait(self) -> bool:
         """Whether BEGIN, SAVEPOINT or RELEASE can ride on the next statement."""
@@ -138,36 +201,6 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         self.status = self.Status.ACTIVE
         self._advance(ACTIVE)
 
-    async def _enter_now(self) -> None:
-        """In a pipeline; or where the server has to say why not."""
-        session = self._session
-        # BEGIN and SAVEPOINT take no time: an interruption waits for the answer
-        # and then undoes it, instead of racing a cancel request against it.
-        shield = Shield(session._backend, grace=session.cancel_timeout)
-        try:
-            await run(session, shield, self._enter_gen())
-            if shield.held is not None:
-                raise shield.held
-        except GeneratorExit:  # the coroutine is destroyed, its loop is gone
-            raise
-        except BaseException as error:
-            exc: BaseException = error
-            if isinstance(exc, Expired):
-                session._drop("no answer to BEGIN")
-            elif self._entered or (session._failed and not self._is_savepoint):
-                await roll_back(session, shield, self._undo())
-            elif not isinstance(exc, Exception):
-                # It hit the generator itself: what the server makes of it is open.
-                session._drop("interrupted in BEGIN")
-            self._leave()
-            self._end_as(ROLLED_BACK, self.Status.FAILED)
-            if isinstance(exc, Expired):
-                exc = no_answer("BEGIN", session.commit_timeout)
-            self._mark(exc, session.closed)
-            if shield.held is not None and shield.held is not exc:
-                raise shield.held from exc
-            raise exc from None
-
     def _enter_gen(self) -> PQGen[None]:
         session = self._session
         time_left = session._time_left()  # in the task, before its generator waits elsewhere
@@ -203,7 +236,7 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         return [b"ROLLBACK"]
 
     def _sql(self, command: str) -> bytes:
-        name = sql.Identifier(self._name).as_bytes(self.connection)
+        name = sql.Identifier(self._name).as_bytes(self._conn)
         return command.encode() + b" " + name
 
     def _advance(self, state: TransactionState) -> None:
@@ -216,3 +249,27 @@ class Entering(psycopg.AsyncTransaction, Generic[Row]):
         if self._is_savepoint or self._unit.state in (PENDING, ACTIVE):
             self._advance(state)
         self.status = status
+
+    def _become_part(self) -> None:
+        """Released: what is around the savepoint decides."""
+        self._leave()
+        self._released = True
+        self.status = self.Status.COMMITTED
+        for callback in self._unit.callbacks:
+            if callback.owner is self:
+                callback.owner = self._outer
+
+    def _nesting_error(self) -> OutOfOrderTransactionNesting | None:
+        blocks = self._session._blocks
+        if not blocks or blocks[-1] is self:
+            return None
+        return OutOfOrderTransactionNesting(
+            f"the block is left before one that was entered inside it: {self}"
+        )
+
+
+STATUS = {
+    COMMITTED: psycopg.AsyncTransaction.Status.COMMITTED,
+    ROLLED_BACK: psycopg.AsyncTransaction.Status.ROLLED_BACK_WITH_ERROR,
+    UNKNOWN: psycopg.AsyncTransaction.Status.FAILED,
+}

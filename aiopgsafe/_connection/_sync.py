@@ -1,0 +1,308 @@
+"""The drop-in for `psycopg.Connection`: sync code, whose COMMIT no signal can tear."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+import psycopg
+from psycopg import IsolationLevel, errors, pq, waiting
+from psycopg.abc import ConnParam
+from psycopg.rows import Row, RowFactory, tuple_row
+
+from .. import _backends
+from .._errors import mark_lost
+from .._outcome import COMMITTED, COMMITTING, UNKNOWN, TransactionState
+from .._resolver import Origin
+from .._shield import GATE, Shield
+from .._sync_ending import NO_LOOP, Ending, see_through
+from .._sync_transaction import SyncTransaction
+from .._unit import Unit
+from ._asking import Reach, look_up
+from ._async import reach_primary
+from ._connecting import add_option, check_timeout
+from ._generators import EndingGenerators, begin_as
+from ._statements import ENDS, NOTED, STREAMS, ending_statement, name_of, traits_of
+from ._sync_cursor import Cursor
+from ._together import drain_gen, left_gen
+
+if TYPE_CHECKING:
+    from psycopg.abc import AdaptContext, PQGen
+    from psycopg.pq.abc import PGconn
+
+    from .._resolver import Ticket, Token
+
+__all__ = ["Connection"]
+
+logger = logging.getLogger("aiopgsafe")
+
+RV = TypeVar("RV")
+
+OK = pq.ConnStatus.OK
+ACTIVE = pq.TransactionStatus.ACTIVE
+IDLE = pq.TransactionStatus.IDLE
+INTERVAL = 0.1
+"""Seconds after which psycopg looks whether a signal has come."""
+
+
+class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
+    """A connection to the server: `psycopg.Connection`, with endings that nothing can tear.
+
+    The same methods with the same meanings, and these promises more: a COMMIT that has been
+    sent is waited for whatever exception a signal handler raises, or another thread
+    (`PyThreadState_SetAsyncExc`); its outcome is what the server said, the callbacks of the
+    transaction have run, and only then the exception goes on, unchanged. A statement that such an
+    exception interrupts is cancelled on the server, and leaves the connection usable.
+
+    A signal that is sent once more by somebody who would not wait (a second after the first one)
+    ends the waiting: the outcome is unknown then, and said to be.
+
+    :param commit_timeout: seconds that the server has to answer COMMIT or ROLLBACK; after that
+        the connection is closed.
+    :param cancel_timeout: seconds that it has to end a cancelled statement.
+    :param commit_token: see `AsyncConnection`.
+
+    Exact with psycopg's C implementation (``psycopg[binary]`` or ``psycopg[c]``).
+    """
+
+    __module__ = "aiopgsafe"
+
+    commit_timeout: float = 30.0
+    cancel_timeout: float = 5.0
+    commit_token: bool = False
+
+    _reach: Reach
+
+    def __init__(
+        self,
+        pgconn: PGconn,
+        row_factory: RowFactory[Row] = cast("RowFactory[Row]", tuple_row),  # noqa: B008
+    ) -> None:
+        super().__init__(pgconn, row_factory)
+        self._set_up_riding()
+        self.cursor_factory = Cursor
+
+    @classmethod
+    def connect(  # type: ignore[override]  # more keywords, of our own
+        cls,
+        conninfo: str = "",
+        *,
+        autocommit: bool = False,
+        prepare_threshold: int | None = 5,
+        context: AdaptContext | None = None,
+        row_factory: RowFactory[Row] | None = None,
+        cursor_factory: type[psycopg.Cursor[Row]] | None = None,
+        commit_timeout: float = 30.0,
+        cancel_timeout: float = 5.0,
+        statement_timeout: float | None = None,
+        commit_token: bool = False,
+        **kwargs: ConnParam,
+    ) -> Self:
+        """Connect to the server, as `psycopg.Connection.connect()` does.
+
+        :param commit_timeout: see the class; seconds, positive and finite.
+        :param cancel_timeout: see the class; seconds, positive and finite.
+        :param statement_timeout: seconds that the server lets a statement run; COMMIT is exempt.
+        :param commit_token: see the class.
+
+        Raises `ValueError` or `TypeError` for a bad timeout, and what psycopg's does.
+        """
+        check_timeout("commit_timeout", commit_timeout)
+        check_timeout("cancel_timeout", cancel_timeout)
+        params = cls._get_connection_params(conninfo, **kwargs)
+        reach = partial(reach_primary, "", **cast("dict[str, Any]", params))
+        if statement_timeout is not None:
+            check_timeout("statement_timeout", statement_timeout)
+            add_option(params, f"-c statement_timeout={max(1, round(statement_timeout * 1000))}")
+        conn = super().connect(
+            "",
+            autocommit=autocommit,
+            prepare_threshold=prepare_threshold,
+            context=context,
+            row_factory=row_factory,
+            cursor_factory=cursor_factory,
+            **params,
+        )
+        conn.commit_timeout = commit_timeout
+        conn.cancel_timeout = cancel_timeout
+        conn.commit_token = commit_token
+        conn._reach = reach
+        conn._statement_timeout = statement_timeout
+        conn._limited = statement_timeout is not None
+        if str(params.get("replication", "off")).lower() not in ("off", "false", "no", "0"):
+            conn._rides, conn._origin = 0, False
+        return conn
+
+    # Waiting
+
+    def wait(self, gen: PQGen[RV], interval: float = INTERVAL, timeout: float | None = None) -> RV:
+        """Drive a generator that operates on the connection to its end.
+
+        Interrupted by an exception from elsewhere, it cancels the statement on the server and
+        takes what the server still says.
+        """
+        found = traits_of(gen)
+        if found & NOTED:
+            self._note(found)
+        if found & STREAMS:
+            self._streamed = True
+        if not found & ENDS:
+            return self._wait(gen, interval, timeout)
+        try:
+            result = self._wait(gen, interval, timeout)
+        except BaseException as exc:
+            self._ended_by_statement(exc)
+            raise
+        self._ended_by_statement(None)
+        return result
+
+    def _wait(self, gen: PQGen[RV], interval: float = INTERVAL, timeout: float | None = None) -> RV:
+        try:
+            return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=timeout)
+        except errors._WaitTimeout:
+            raise
+        except psycopg.Error as exc:
+            if isinstance(exc, psycopg.OperationalError) and self.pgconn.status != OK:
+                mark_lost(exc, self.pgconn)
+            raise
+        except BaseException as exc:
+            self._stop_statement(gen, exc)
+            raise
+
+    def _stop_statement(self, gen: PQGen[Any], exc: BaseException) -> None:
+        """Leave nothing of a statement that `exc` interrupts, on the server or in libpq."""
+        if not self._busy:
+            return
+        shield = Shield(NO_LOOP)
+        GATE.enter(shield, at_once=True)
+        try:
+            if ending_statement(gen) is None:
+                self._come_to_rest(name_of(gen))
+            else:  # the program's own COMMIT: what the server decides must not be hidden
+                self._take_rest(drain_gen(self.pgconn), self.commit_timeout)
+                exc.add_note("aiopgsafe: the statement was COMMIT or ROLLBACK; it was waited for")
+        finally:
+            GATE.leave(shield)
+
+    @property
+    def _busy(self) -> bool:
+        """Whether something is in flight that no pipeline of the program's will end."""
+        pipelined = self.pgconn.pipeline_status and not self._pipeline
+        return bool(pipelined) or self.pgconn.transaction_status == ACTIVE
+
+    def _come_to_rest(self, interrupted: str = "") -> None:
+        """Cancel what is in flight, if anything is, and take what is left of it.
+
+        :param interrupted: the name of the generator that it belonged to.
+        """
+        deadline = monotonic() + self.cancel_timeout
+        while self._busy and self.pgconn.status == OK:
+            if self.pgconn.transaction_status == ACTIVE:
+                self._try_cancel(timeout=self.cancel_timeout)
+            rest = left_gen(self.pgconn, interrupted)
+            if rest is not None:
+                self._take_rest(rest, max(deadline - monotonic(), 0))
+        if self.pgconn.status == OK and not self._pipeline:
+            self._preparing.clear()
+
+    def _take_rest(self, rest: PQGen[None], timeout: float) -> None:
+        try:
+            waiting.wait(rest, self.pgconn.socket, interval=INTERVAL, timeout=timeout)
+        except errors._WaitTimeout:
+            self._drop("an interrupted statement did not end in time")
+        except psycopg.Error as exc:
+            logger.debug("interrupted statement on %s: %r", self, exc)
+
+    def _drop(self, reason: str) -> None:
+        """Close the connection at once: the state of its session can't be known."""
+        if not self.closed:
+            logger.warning("closing %s: %s", self, reason)
+            self.pgconn.finish()
+
+    # Ending transactions
+
+    def _before_commit(self, unit: Unit) -> list[bytes]:
+        """What COMMIT is sent by; nothing if nothing was executed."""
+        try:
+            return self._wait(self._before_ending_gen(unit))
+        except errors.TransactionResolutionUnknown:
+            if unit.state is COMMITTING:
+                unit.advance(UNKNOWN)
+            raise
+
+    def _before_ending_gen(self, unit: Unit) -> PQGen[list[bytes]]:
+        if self._blocks:
+            empty = self._ends_empty(unit)
+            ended: bool | None = True if empty else None
+        else:
+            ended = yield from self._commits_unit_gen(unit)
+        if ended is not None:
+            if ended:
+                unit.advance(COMMITTED)
+            return []
+        yield from self._before_commit_gen(unit)
+        if self._lacks_number(unit) and not self._pipeline:
+            yield from self._number_gen(unit)
+        return self._commit_commands(unit)
+
+    def _begin_unit(self) -> Unit:
+        return self._unit or Unit(TransactionState.ACTIVE)
+
+    def commit(self) -> None:
+        """Commit the current transaction; nothing happens if there is none.
+
+        Once COMMIT has been sent, exceptions from elsewhere wait until its outcome is known, and
+        carry a note that says it.
+
+        Raises `CommitRolledBack`, `CommitUnknown`, or the server's error.
+        """
+        ending = Ending(self, self._begin_unit(), commit=True)
+        ending.finish(see_through(ending))
+
+    def rollback(self) -> None:
+        """Roll back the current transaction; nothing happens if there is none."""
+        if self._num_transactions or self._tpc or self._pipeline:
+            super().rollback()  # which refuses; or, in a pipeline, can't be torn so exactly
+            return
+        unit = self._begin_unit()
+        if self._begin_waits is not None:
+            self._forget_queue()
+        ending = Ending(self, unit, commit=False, undo=True)
+        ending.finish(see_through(ending))
+
+    def transaction(  # type: ignore[override]  # psycopg's is a generator around a block
+        self,
+        savepoint_name: str | None = None,
+        force_rollback: bool = False,
+        *,
+        isolation_level: IsolationLevel | int | None = None,
+        read_only: bool | None = None,
+        deferrable: bool | None = None,
+        commit_token: bool | None = None,
+    ) -> SyncTransaction[Row]:
+        """A transaction block, or a savepoint inside one: ``with conn.transaction() as tx``.
+
+        Parameters and errors as of `AsyncConnection.transaction()`.
+        """
+        begin = begin_as(self, isolation_level, read_only, deferrable)
+        return SyncTransaction(
+            *(self, savepoint_name, force_rollback), begin=begin, commit_token=commit_token
+        )
+
+    async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
+        """What became of a transaction whose COMMIT was lost; in a thread of its own."""
+        origin = self._origin if isinstance(self._origin, Origin) else None
+        return await look_up(ticket, self._reach, _backends.current(), until, origin)
+
+    def close(self) -> None:
+        """Close the connection. A transaction in progress is rolled back by the server."""
+        was_closed = self.closed
+        super().close()
+        unit, self._unit = self._unit, None
+        if not was_closed and unit is not None and unit.state is TransactionState.ACTIVE:
+            prepared = self._tpc is not None and self._tpc[1]
+            unit.advance(UNKNOWN if prepared else TransactionState.ROLLED_BACK)
+            for callback in unit.take():
+                callback.fn()

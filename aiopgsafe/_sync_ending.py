@@ -1,0 +1,398 @@
+"""How transactions end in sync code: exceptions from nowhere can't tear the end.
+
+A signal handler that raises (Celery's time limits, a supervisor's SystemExit) and
+`PyThreadState_SetAsyncExc` (time limits of dramatiq's and RQ's threads) hit between any two
+bytecodes. Signals are deferred while an `Ending` runs (`SignalGate`); nothing defers the
+other kind. So an `Ending` may be torn anywhere and is called again, and goes on where it was:
+what it must not forget is libpq's own (whether a command is in flight, the results that nobody
+has taken), or was stored by the very C call that produced it. That holds with psycopg's C
+implementation ("binary", "c"); its Python one has bytecodes of its own between the two.
+
+Who tears, and who wins: `tests/test_torn.py` raises at every bytecode.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from _thread import allocate_lock
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import islice
+from operator import call
+from threading import Thread
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import anyio
+import psycopg
+from psycopg import errors, pq
+
+from . import _outcome
+from ._ending import let_through, no_answer_in_time
+from ._outcome import (
+    ACTIVE,
+    COMMITTING,
+    IS_COMMITTED,
+    ROLLED_BACK,
+    UNKNOWN,
+    TransactionState,
+    Verdict,
+    check_tag,
+    unknown,
+    verdict_of_error,
+)
+from ._shield import GATE, Expired, Job, Shield
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+    from ._unit import Unit
+
+__all__ = ["Ending", "see_through"]
+
+logger = logging.getLogger("aiopgsafe")
+
+T = TypeVar("T")
+
+OK = pq.ConnStatus.OK
+IN_FLIGHT = pq.TransactionStatus.ACTIVE
+IDLE = pq.TransactionStatus.IDLE
+OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
+
+SLICE = 0.1
+"""Seconds that the socket is waited for at once: a handler that was deferred shortens the whole."""
+
+
+class Thinking(Thread, Generic[T]):
+    """An async function of ours, run to its end in a thread that nothing interrupts."""
+
+    def __init__(self, fn: Callable[[], Awaitable[T]]) -> None:
+        super().__init__(name="aiopgsafe", daemon=True)
+        self.results: list[T] = []
+        self.errors: list[Exception] = []
+        self._fn = fn
+        self._ends = allocate_lock()
+        self._ends.acquire()
+
+    def run(self) -> None:
+        try:
+            self.results.append(anyio.run(cast("Any", self._fn)))
+        except Exception as exc:
+            self.errors.append(exc)
+        finally:
+            self._ends.release()
+
+    def result(self, until: float) -> T:
+        """Wait for it. May be torn, and called again. Raises `Expired`, and what it raised."""
+        while not self.results and not self.errors:
+            if monotonic() > until:
+                raise Expired
+            self._ends.acquire(True, SLICE)
+        if self.errors:
+            raise self.errors[0]
+        return self.results[0]
+
+
+class NoLoop:
+    """What a `Shield` needs of an event loop, where there is none."""
+
+    running = True
+    interruptions = (BaseException,)
+
+    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        fn(*args)
+
+    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        raise NotImplementedError("sync code calls its callbacks itself")
+
+    def when_reset(self, handler: object, call: Callable[[], object]) -> bool:
+        return False
+
+
+NO_LOOP = NoLoop()
+
+
+class Exchange:
+    """A command that is sent to the server, and all of its results.
+
+    :ivar loss: what kept the results from coming.
+    """
+
+    def __init__(self, conn: Any, *commands: bytes) -> None:
+        self.results: list[PGresult] = []
+        self.loss: Exception | None = None
+        self.until = monotonic() + conn.commit_timeout
+        self._conn = conn
+        self._pgconn = conn.pgconn
+        self._commands = commands
+        self._sending = False
+
+    @property
+    def sent(self) -> bool:
+        """Whether the server may have it: libpq says so, and nobody else."""
+        if not self._sending:
+            return False
+        return bool(self.results) or self._pgconn.transaction_status not in OPEN
+
+    def go_on(self, shield: Shield) -> None:
+        """Send it, and wait for all results. Each step may be torn, and is taken again."""
+        try:
+            if self._pgconn.pipeline_status:
+                self._in_pipeline()
+                return
+            if self.loss is None and not self.sent:
+                self._sending = True
+                self._pgconn.send_query(b";".join(self._commands))
+            self._collect(shield)
+        except (psycopg.Error, Expired) as exc:
+            self.loss = exc
+
+    def _in_pipeline(self) -> None:
+        """In one of the program's: by psycopg's means, which can't go on where they were torn."""
+        if self._sending and not self.results:
+            raise psycopg.OperationalError("interrupted in a pipeline")
+        self._sending = True
+        if not self.results:
+            self.results.append(self._conn._wait(self._conn._commands_gen(self._commands)))
+
+    def _collect(self, shield: Shield) -> None:
+        pgconn, results = self._pgconn, self.results
+        while pgconn.status == OK:
+            flushing = pgconn.flush()
+            if flushing or pgconn.is_busy():
+                self._wait(shield, bool(flushing))
+                pgconn.consume_input()
+                continue
+            before = len(results)
+            # Taken from libpq and kept, in one C call.
+            results.extend(islice(iter(pgconn.get_result, None), 1))
+            if len(results) == before:
+                break
+        if pgconn.notify_handler is not None:
+            deque(map(pgconn.notify_handler, iter(pgconn.notifies, None)), 0)
+
+    def _wait(self, shield: Shield, flushing: bool) -> None:
+        left = min(self.until, shield.until) - monotonic()
+        if left <= 0:
+            raise Expired
+        poll = select.poll()
+        poll.register(self._pgconn.socket, select.POLLIN | (select.POLLOUT if flushing else 0))
+        poll.poll(1000 * min(left, SLICE))
+
+
+class Ending:
+    """The end of a transaction: COMMIT or ROLLBACK, the callbacks, the connection's lock.
+
+    :param conn: an `aiopgsafe.Connection`.
+    :param unit: what ends; a new one if nobody has callbacks.
+    :param commit: COMMIT; if it can't be sent, or an exception comes before it is:
+    :param undo: then ROLLBACK; otherwise the transaction is left as it is.
+    :param on_ended: called when the outcome is known, before the callbacks. May be called again.
+
+    :ivar going_through: an exception that goes on by itself.
+    """
+
+    def __init__(
+        self,
+        conn: Any,
+        unit: Unit,
+        *,
+        commit: bool,
+        undo: bool = False,
+        on_ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.shield = Shield(NO_LOOP)
+        self.going_through: BaseException | None = None
+        self._conn = conn
+        self._unit = unit
+        self._commit = commit
+        self._undo = undo
+        self._on_ended = on_ended
+        self._came: BaseException | None = None  # before COMMIT was sent, or out of a callback
+        self._error: Exception | None = None
+        self._ended = self._over = False
+        self._locked: list[bool] = []
+        self._committing: Exchange | None = None
+        self._rolling: Exchange | None = None
+        self._asked: Thinking[tuple[TransactionState, str]] | None = None
+        self._pending: deque[Callable[[], object]] | None = None
+        self._callback_errors: list[BaseException] = []
+        self._signalled: list[BaseException | None] = []
+
+    def go_on(self) -> None:
+        """From wherever it was torn to the end."""
+        if not self._over:
+            GATE.enter(self.shield, at_once=True)
+            if not self._ended:
+                self._lock()
+                self._end()
+            self._unlock()
+            self._call_back()
+            self._over = True
+        self._signalled.append(GATE.leave(self.shield))
+
+    def torn(self, exc: BaseException) -> None:
+        """An exception came out of `go_on()`: it will be called again."""
+        sent = self._committing is not None and self._committing.sent
+        if self._commit and not self._ended and not sent:
+            # It never will be.
+            self._came = self._came or exc
+            self._ended = not self._undo
+            self._commit = False
+
+    def finish(self, torn: BaseException | None) -> None:
+        """Raise what is to be raised.
+
+        :param torn: what `see_through()` returned.
+        """
+        signalled = next((exc for exc in self._signalled if exc is not None), None)
+        held = self._came or torn or signalled
+        errors, outcome = self._callback_errors, self._unit.state
+        if held is None and self._error is None and not errors:
+            return
+        if held is not None and held is self._came and outcome in (ACTIVE, ROLLED_BACK):
+            raise held  # as it came: nothing was held back
+        error = None if self._error is held else self._error
+        let_through("transaction", outcome, held, error, errors, self.going_through)
+
+    # The lock
+
+    def _lock(self) -> None:
+        if not self._locked:
+            acquire = partial(self._conn.lock.acquire, True, self._conn.commit_timeout)
+            self._locked.extend(map(call, (acquire,)))
+        if not self._locked[0]:
+            self._conn._drop("the connection was busy when its transaction had to end")
+
+    def _unlock(self) -> None:
+        if self._locked:
+            release = self._conn.lock.release if self._locked[0] else bool
+            deque(map(call, (self._locked.pop, release)), 0)
+
+    # What the server decides
+
+    def _end(self) -> None:
+        conn, unit = self._conn, self._unit
+        if self._commit:
+            if self._committing is None:
+                commands = conn._before_commit(unit)  # may raise: see `torn()`
+                self._committing = Exchange(conn, *commands) if commands else None
+            if self._committing is not None:
+                self._committing.go_on(self.shield)
+                verdict = self._verdict(self._committing)
+                self._settle(COMMITTING)
+                self._settle(verdict.state)
+                self._error = verdict.error
+                if verdict.state is UNKNOWN:
+                    conn._drop("nobody knows what became of its transaction")
+        if conn._failed if self._commit else (unit.state is ACTIVE or conn._in_transaction):
+            self._roll_back()
+        self._on_ended()
+        conn._settled(unit)
+        self._ended = True
+
+    def _settle(self, state: TransactionState) -> None:
+        """Advance the unit, unless it was already before this was torn."""
+        was = self._unit.state
+        if was is ACTIVE or (was is COMMITTING and state is not COMMITTING):
+            self._unit.advance(state)
+
+    def _verdict(self, committing: Exchange) -> Verdict:
+        """By what has come; asked for where that doesn't tell. Again the same, if it is torn."""
+        verdict = self._told(committing)
+        ticket = self._unit.sent_ticket if verdict.state is UNKNOWN else None
+        if ticket is None or self._unit.prepared or self.shield.insisted:
+            return verdict
+        until = max(committing.until, monotonic() + self._conn.cancel_timeout)
+        if self._asked is None:
+            self._conn._drop("it was lost while COMMIT was in flight")
+            asked = Thinking(partial(self._conn._look_up, ticket, until))
+            asked.start()
+            self._asked = asked
+        try:
+            state, why = self._asked.result(min(until, self.shield.until))
+        except Expired:
+            state, why = UNKNOWN, "the server did not say so in time"
+        except psycopg.Error as exc:
+            state, why = UNKNOWN, repr(exc)
+        return _outcome.looked_up(verdict, state, ticket.xid, f"{ticket.where}: {why}")
+
+    def _told(self, committing: Exchange) -> Verdict:
+        results, loss = committing.results, committing.loss
+        for result in results:
+            if result.status == FATAL_ERROR:
+                encoding = self._conn.pgconn._encoding
+                return verdict_of_error(errors.error_from_result(result, encoding=encoding))
+        if isinstance(loss, Expired):
+            return unknown(None, no_answer_in_time(self._conn, self.shield))
+        if not results:
+            return verdict_of_error(loss or psycopg.OperationalError("the connection is lost"))
+        try:
+            check_tag(results[-1].command_status)
+        except psycopg.Error as exc:
+            return verdict_of_error(exc)
+        return IS_COMMITTED
+
+    def _roll_back(self) -> None:
+        conn = self._conn
+        if self._rolling is None:
+            conn._come_to_rest()
+            self._rolling = Exchange(conn, b"ROLLBACK")
+        if not conn.closed and (conn._in_transaction or self._rolling.sent):
+            self._rolling.go_on(self.shield)
+            if self._rolling.loss is not None:
+                conn._drop(f"no answer to ROLLBACK: {self._rolling.loss!r}")
+            elif conn._in_transaction:
+                conn._drop("its ROLLBACK failed")
+            conn._prepared.clear()  # they may refer to what is gone
+        self._settle(ROLLED_BACK)
+
+    # Callbacks
+
+    def _call_back(self) -> None:
+        state = self._unit.state
+        if self._pending is None and state is not ACTIVE:
+            self._pending = deque(cb.fn for cb in self._unit.callbacks if cb.when is state)
+        if self._pending is None:
+            return
+        self._unit.callbacks.clear()
+        while self._pending:
+            try:
+                # Taken from the queue and entered in one C call: once, and never not.
+                next(map(call, iter(self._pending.popleft, None)))
+            except BaseException as exc:
+                if exc.__traceback__ is not None and exc.__traceback__.tb_next is None:
+                    raise  # it came between two of them
+                if isinstance(exc, Exception):
+                    self._callback_errors.append(exc)
+                else:
+                    self._came = self._came or exc
+
+
+MAX_TEARS = 50
+"""Exceptions that an end survives: an error of ours would come again and again."""
+
+
+def see_through(ending: Ending) -> BaseException | None:
+    """Have it come to its end, however often it is torn; what tore it."""
+    try:
+        return _go_on(ending, MAX_TEARS)
+    except BaseException as exc:  # between two lines of `_go_on()`
+        ending.torn(exc)
+        _go_on(ending, 1)
+        return exc
+
+
+def _go_on(ending: Ending, tears: int) -> BaseException | None:
+    try:
+        ending.go_on()
+    except BaseException as exc:
+        ending.torn(exc)
+        if not tears:
+            raise
+        _go_on(ending, tears - 1)
+        return exc
+    return None

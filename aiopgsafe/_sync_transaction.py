@@ -1,0 +1,233 @@
+"""The transaction block of sync code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import psycopg
+from psycopg import pq
+from psycopg.rows import Row
+
+from ._base_block import STATUS, BaseBlock
+from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
+from ._sync_ending import Ending, see_through
+
+if TYPE_CHECKING:
+    from psycopg.abc import Params, Query
+
+__all__ = ["SyncTransaction"]
+
+OK = pq.ConnStatus.OK
+
+
+class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
+    """A transaction block: what `Connection.transaction()` returns. `Transaction`, for ``with``.
+
+    Callbacks are plain functions here.
+    """
+
+    __module__ = "aiopgsafe"
+
+    @property
+    def connection(self) -> psycopg.Connection[Any]:
+        """The connection that the block runs on."""
+        return cast("psycopg.Connection[Any]", self._session)
+
+    # Entering
+
+    def __enter__(self) -> Self:
+        session: Any = self._session
+        with session.lock:
+            if self._unit.state is not PENDING:
+                raise TypeError("transaction blocks can be used only once")
+            if self.pgconn.status == OK and not self.pgconn.pipeline_status and self._can_wait():
+                self._enter()
+            else:
+                self._enter_now()
+        return self
+
+    def _enter_now(self) -> None:
+        session: Any = self._session
+        try:
+            session._wait(self._enter_gen())
+        except BaseException as exc:
+            if self._entered or (session._failed and not self._is_savepoint):
+                self._undo_now()
+            self._leave()
+            self._end_as(ROLLED_BACK, self.Status.FAILED)
+            self._mark(exc, session.closed)
+            raise
+
+    # Inside the block
+
+    def execute(
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> psycopg.Cursor[Row]:
+        """Execute a statement of the transaction, as `Connection.execute()` does.
+
+        Raises `psycopg.ProgrammingError` outside the block.
+        """
+        self._check_active("execute()")
+        cur = cast("psycopg.Cursor[Row]", self.connection.cursor())
+        return cur.execute(query, params, prepare=prepare, binary=binary)  # type: ignore[arg-type,misc]
+
+    def cursor(self, name: str = "", **kwargs: Any) -> Any:
+        """A cursor for statements of the transaction, as `Connection.cursor()` makes it.
+
+        Raises `psycopg.ProgrammingError` outside the block.
+        """
+        self._check_active("cursor()")
+        return self.connection.cursor(name, **kwargs)
+
+    def _register(
+        self,
+        when: TransactionState,
+        what: str,
+        fn: Callable[..., object],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if iscoroutinefunction(fn):
+            raise TypeError(f"{what} takes a plain function here: nobody would await {fn!r}")
+        super()._register(when, what, fn, args, kwargs)
+
+    # Leaving
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool:
+        try:
+            return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
+        except BaseException:
+            if not self._left:  # torn before its end had begun
+                if self._is_savepoint:
+                    self._undo_now()
+                    self._leave()
+                    self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
+                else:
+                    self._roll_back(None)
+            raise
+
+    def _exit(self, exc: BaseException | None) -> bool:
+        session, unit = self._session, self._unit
+        swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        error = self._nesting_error()
+        lost = session.closed
+        if exc is not None or self.force_rollback or error is not None or unit.state is not ACTIVE:
+            try:
+                self._roll_back(exc, going_through=None if swallowed else exc)
+            finally:
+                self._mark(exc, lost)
+            if error is not None:
+                raise error
+            if exc is None and unit.state is UNKNOWN:
+                raise ended_by_statement()
+            return swallowed
+        ending = Ending(session, unit, commit=True, undo=True, on_ended=self._on_ended)
+        torn = see_through(ending)
+        try:
+            ending.finish(torn)
+        except BaseException as raised:
+            self._mark(raised, lost)
+            raise
+        return False
+
+    def _roll_back(
+        self, exc: BaseException | None, going_through: BaseException | None = None
+    ) -> None:
+        session, unit = self._session, self._unit
+        if unit.state is ACTIVE and session._ended_elsewhere:
+            unit.advance(UNKNOWN)
+        explicitly = isinstance(exc, psycopg.Rollback) or self.force_rollback
+        if explicitly:
+            self.status = self.Status.ROLLED_BACK_EXPLICITLY
+        ending = Ending(session, unit, commit=False, undo=True, on_ended=self._on_ended)
+        ending.going_through = going_through
+        ending.finish(see_through(ending))
+
+    def _on_ended(self) -> None:
+        self._leave()
+        if self.status is self.Status.ACTIVE:
+            self.status = STATUS.get(self._unit.state, self.Status.FAILED)
+
+    # Savepoints: torn, they leave a transaction that is rolled back around them.
+
+    def _exit_savepoint(self, exc: BaseException | None) -> bool:
+        session: Any = self._session
+        swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        error = self._nesting_error()
+        lost = session.closed
+        try:
+            if error is not None:
+                raise error
+            if exc is None and not self.force_rollback:
+                self._release()
+            else:
+                self._undo_now()
+                explicitly = isinstance(exc, psycopg.Rollback) or self.force_rollback
+                self._end_as(
+                    ROLLED_BACK,
+                    self.Status.ROLLED_BACK_EXPLICITLY
+                    if explicitly
+                    else self.Status.ROLLED_BACK_WITH_ERROR,
+                )
+        except BaseException as raised:
+            if not self._released and self._state is ACTIVE:
+                self._undo_now()
+                self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
+            self._mark(raised, lost)
+            raise
+        finally:
+            self._leave()
+            self._mark(exc, lost)
+        self._call_back_undone()
+        return swallowed
+
+    def _release(self) -> None:
+        session: Any = self._session
+        if session.closed or self._unit.state is not ACTIVE:
+            raise psycopg.OperationalError("the transaction around the block has ended before it")
+        release = self._sql("RELEASE")
+        with session.lock:
+            if not self.pgconn.pipeline_status and self._can_wait() and not session._by_hand:
+                if session._waits(self._savepoint):
+                    session._drop_from(self._savepoint)  # nothing was executed inside it
+                else:
+                    session._queue.append(release)
+            else:
+                session._queue.append(release)
+                session._wait(session._flush_gen())
+        self._become_part()
+
+    def _undo_now(self) -> None:
+        """Undo on the server, or let the connection go: either way nothing stays."""
+        session: Any = self._session
+        if self._is_savepoint and session._waits(self._savepoint):
+            session._drop_from(self._savepoint)
+        elif not session.closed and session._in_transaction:
+            before: list[bytes] = []
+            if self._is_savepoint and self._sql("RELEASE") in session._queue:
+                before = [c for c in session._queue if not c.startswith(b"DEALLOCATE")]
+            session._clear_queue()
+            try:
+                session._come_to_rest()
+                session._wait(session._commands_gen([*before, *self._undo()]))
+                session._prepared.clear()
+            except psycopg.Error as exc:
+                session._drop(f"its rollback failed: {exc}")
+
+    def _call_back_undone(self) -> None:
+        if self._state is ROLLED_BACK:
+            for callback in self._unit.take(self):
+                callback.fn()
