@@ -227,8 +227,9 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
     def _leave(self) -> None:
         """The connection is in this block no more: from here on it may be another's."""
         if not self._left:
-            self._left = True
+            # In this order: torn between the two, it is done again.
             self._session._remove_block(self)
+            self._left = True
 
     def _undo(self) -> list[bytes]:
         if self._is_savepoint:

@@ -219,6 +219,7 @@ class Ending:
         self._rolling: Exchange | None = None
         self._asked: Thinking[tuple[TransactionState, str]] | None = None
         self._pending: deque[Callable[[], object]] | None = None
+        self._called = Called(0)
         self._callback_errors: list[BaseException] = []
         self._signalled: list[BaseException | None] = []
 
@@ -355,21 +356,37 @@ class Ending:
     def _call_back(self) -> None:
         state = self._unit.state
         if self._pending is None and state is not ACTIVE:
-            self._pending = deque(cb.fn for cb in self._unit.callbacks if cb.when is state)
+            pending = deque(cb.fn for cb in self._unit.callbacks if cb.when is state)
+            self._called = Called(len(pending))
+            self._pending = pending
         if self._pending is None:
             return
         self._unit.callbacks.clear()
-        while self._pending:
+        pending, called = self._pending, self._called
+        while pending:
             try:
-                # Taken from the queue and entered in one C call: once, and never not.
-                next(map(call, iter(self._pending.popleft, None)))
+                # Taken from the queue, entered, and noted when it has returned, in one C call:
+                # each once, and none never.
+                called.extend(islice(map(call, iter(pending.popleft, None)), 1))
             except BaseException as exc:
-                if exc.__traceback__ is not None and exc.__traceback__.tb_next is None:
-                    raise  # it came between two of them
+                if len(pending) + len(called) == called.wanted:
+                    raise  # between two of them
+                called.append(exc)
                 if isinstance(exc, Exception):
                     self._callback_errors.append(exc)
                 else:
                     self._came = self._came or exc
+
+
+class Called(list[object]):
+    """What callbacks have returned, or raised.
+
+    :ivar wanted: how many there are.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.wanted = wanted
 
 
 MAX_TEARS = 50

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from aiopgsafe.testing import Delay, FaultProxy, command_complete
 from tests.serving import ROOT, SERVERS, Service
 
 Admin = psycopg.Connection[Any]
 
 
 @pytest.fixture(params=SERVERS)
-def base(request: pytest.FixtureRequest, dsn: str) -> Iterator[str]:
+def base(request: pytest.FixtureRequest, proxy: FaultProxy) -> Iterator[str]:
+    dsn = proxy.dsn
     prepare = (
         "import anyio; from transfers.service import db, create_schema\n"
         "async def main():\n    async with db: await create_schema(db)\n"
@@ -96,6 +100,24 @@ def test_the_feed_tells_of_transfers_and_of_gaps(base: str, admin: Admin) -> Non
         assert next(line for line in lines if line.startswith("event")) == "event: gap"
         assert post(base, key="b", source=1, target=2, amount=20) == 201
         assert next(line for line in lines if line.startswith("event")) == "event: transfer"
+
+
+def test_a_cancellation_that_the_commit_holds_back_is_counted(
+    base: str, proxy: FaultProxy, admin: Admin
+) -> None:
+    answer = proxy.inject(Delay(0.2), command_complete("COMMIT"), times=1)
+    host, port = base.removeprefix("http://").split(":")
+    body = json.dumps({"key": "a", "source": 1, "target": 2, "amount": 10})
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            f"POST /transfers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        answer.wait()
+    deadline = monotonic() + 10
+    while get(base, "status")["held_back"] != 1:
+        assert monotonic() < deadline
+    assert balances(base)[:2] == [990, 1010]
 
 
 # The page, in a browser

@@ -14,16 +14,17 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from psycopg.rows import dict_row
 from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from aiopgsafe import Database, Gap, Transaction
+from aiopgsafe import Database, Gap
 from aiopgsafe.fastapi import (
     CurrentDatabase,
     CurrentTransaction,
@@ -69,7 +70,22 @@ class Service(FastAPI):
     held_back = 0
 
 
+class CountHeldBack:
+    """Counts clients that went away while their transfer was committed: it is, all the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except anyio.get_cancelled_exc_class():
+            app.held_back += scope.get("committed", False)
+            raise
+
+
 app = Service(title="Transfers", lifespan=lifespan(db, grace=10))
+app.add_middleware(CountHeldBack)
 app.add_middleware(cancel_on_disconnect)
 add_exception_handlers(app)
 app.include_router(health_router())
@@ -83,23 +99,10 @@ class Transfer(BaseModel):
     amount: int = Field(gt=0)
 
 
-async def counted(tx: CurrentTransaction) -> AsyncIterator[Transaction[Any]]:
-    """The transaction; a cancellation that its COMMIT has held back is counted."""
-    tx.on_commit(count_when_held_back)
-    yield tx
-
-
-def count_when_held_back() -> None:
-    # On commit, in the task: if that is cancelled, it was while the COMMIT was in flight.
-    if anyio.current_effective_deadline() == -float("inf"):
-        app.held_back += 1
-
-
 @app.post("/transfers", status_code=201)
-async def transfer(
-    wanted: Transfer, tx: Annotated[Transaction[Any], Depends(counted, scope="function")]
-) -> JSONResponse:
+async def transfer(wanted: Transfer, tx: CurrentTransaction, request: Request) -> JSONResponse:
     """Move money. Repeated with the same key it changes nothing, and answers as before: 200."""
+    tx.on_commit(request.scope.__setitem__, "committed", True)
     cur = await tx.execute(
         "insert into transfer (key, source, target, amount) values (%s, %s, %s, %s)"
         " on conflict (key) do nothing returning id",
