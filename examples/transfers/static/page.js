@@ -99,10 +99,14 @@ function makeChart() {
     width: $("chart").clientWidth, height: 180, legend: { show: false },
     cursor: { show: false }, scales: { y: { range: (_, __, most) => [0, Math.max(5, most * 1.1)] } },
     series: [{}, { stroke: blue, fill: `${blue}22`, width: 2, points: { show: false } }],
-    axes: [axis, { ...axis, size: 40 }],
+    axes: [{ ...axis, size: 28, values: (_, times) => times.map(clock) }, { ...axis, size: 40 }],
   }, chartData(), $("chart"));
   addEventListener("resize", () => chart.setSize({ width: $("chart").clientWidth, height: 180 }));
   return chart;
+}
+
+function clock(seconds) {
+  return new Date(seconds * 1000).toLocaleTimeString("en", { hour12: false, minute: "2-digit", second: "2-digit" });
 }
 
 function chartData() {

@@ -1,0 +1,115 @@
+"""Raises at a chosen bytecode: what signal handlers and asynchronous exceptions do by chance."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+TOOL = 3  # of sys.monitoring, used by nobody
+
+
+class Stop(SystemExit):
+    """As a supervisor's handler raises it."""
+
+
+class TimeLimit(Exception):
+    """As Celery's SoftTimeLimitExceeded, dramatiq's TimeLimitExceeded."""
+
+
+class Tear:
+    """Something happens at the bytecode number `at`, and once more `again` bytecodes later.
+
+    Bytecodes are those that run in this thread between `start()` and `stop()`, of whatever
+    module but `ignored` ones.
+
+    :ivar where: it has happened: functions and lines.
+    """
+
+    def __init__(
+        self, at: int, happens: Callable[[], object], again: int | None = None, *ignored: str
+    ) -> None:
+        self.where: list[str] = []
+        self.count = 0
+        self._at = {at} if again is None else {at, at + again}
+        self._happens = happens
+        self._ident = threading.get_ident()
+        self._ignored = {__file__, *ignored}
+
+    def see(self, code: CodeType, line: int) -> None:
+        if code.co_filename in self._ignored or threading.get_ident() != self._ident:
+            return
+        if code.co_name == "__del__":  # Python would ignore what is raised there
+            return
+        self.count += 1
+        if self.count in self._at:
+            self.where.append(f"{code.co_qualname}, {line}")
+            self._happens()
+
+    # Python calls it at each bytecode. A trace function that raises isn't called any more (in 3.11
+    # `start()` has to be called again); one of sys.monitoring is.
+
+    def start(self) -> None:
+        if sys.version_info >= (3, 12):
+            instruction = sys.monitoring.events.INSTRUCTION
+            sys.monitoring.use_tool_id(TOOL, "tear")
+            sys.monitoring.register_callback(TOOL, instruction, self.see)
+            sys.monitoring.set_events(TOOL, instruction)
+        else:
+            sys.settrace(self._trace)
+
+    def stop(self) -> None:
+        if sys.version_info >= (3, 12):
+            sys.monitoring.set_events(TOOL, 0)
+            sys.monitoring.free_tool_id(TOOL)
+        else:
+            sys.settrace(None)
+
+    def start_again(self) -> None:
+        """Also for the functions that run already, where that is needed."""
+        if sys.version_info >= (3, 12):
+            return
+        frame = sys._getframe(1)
+        while frame is not None:
+            frame.f_trace = self._trace
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            frame = frame.f_back  # type: ignore[assignment]
+        sys.settrace(self._trace)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            self.see(frame.f_code, frame.f_lineno)
+        return self._trace
+
+
+@contextmanager
+def handling(exc: type[BaseException]) -> Iterator[Callable[[], None]]:
+    """A signal whose handler raises `exc`; yields what sends it. It must be in place afterwards."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        raise exc("from a handler")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield lambda: signal.raise_signal(signal.SIGTERM)
+    finally:
+        found = signal.signal(signal.SIGTERM, before)
+        assert found is handler, f"SIGTERM's handler was left as {found}"
+
+
+@contextmanager
+def raising(exc: type[BaseException]) -> Iterator[Callable[[], None]]:
+    """An asynchronous exception."""
+
+    def happens() -> None:
+        raise exc("from nowhere")
+
+    yield happens
+
+
+WAYS = {"signal": handling, "exception": raising}
