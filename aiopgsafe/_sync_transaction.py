@@ -108,16 +108,25 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         tb: TracebackType | None,
     ) -> bool:
         try:
-            return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
+            try:
+                return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
+            except BaseException:
+                self._exit_torn()
+                raise
         except BaseException:
-            if not self._left:  # torn before its end had begun
-                if self._is_savepoint:
-                    self._undo_now()
-                    self._leave()
-                    self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
-                else:
-                    self._roll_back(None)
+            self._exit_torn()  # that was torn, too
             raise
+
+    def _exit_torn(self) -> None:
+        """If it was before the end had begun, nothing is left, either."""
+        if self._left:
+            return
+        if self._is_savepoint:
+            self._undo_now()
+            self._leave()
+            self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
+        else:
+            self._roll_back(None)
 
     def _exit(self, exc: BaseException | None) -> bool:
         session, unit = self._session, self._unit
