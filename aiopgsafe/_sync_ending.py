@@ -1,31 +1,22 @@
-"""How transactions end in sync code: exceptions from nowhere can't tear the end.
+"""How transactions end in sync code: COMMIT or ROLLBACK, the callbacks, the connection's lock.
 
-A signal handler that raises (Celery's time limits, a supervisor's SystemExit) and
-`PyThreadState_SetAsyncExc` (time limits of dramatiq's and RQ's threads) hit between any two
-bytecodes. Signals are deferred while an `Ending` runs (`SignalGate`); nothing defers the
-other kind. So an `Ending` may be torn anywhere and is called again, and goes on where it was:
-what it must not forget is libpq's own (whether a command is in flight, the results that nobody
-has taken), or was stored by the very C call that produced it. That holds with psycopg's C
-implementation ("binary", "c"); its Python one has bytecodes of its own between the two.
-
-Who tears, and who wins: `tests/test_torn.py` raises at every bytecode.
+Whether COMMIT is in flight, and its results that nobody has taken, libpq knows; what was taken
+is stored by the very C call that took it. That holds with psycopg's C implementation ("binary",
+"c"): the Python one has bytecodes of its own between the two.
 """
 
 from __future__ import annotations
 
 import logging
 import select
-from _thread import allocate_lock
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from operator import call
-from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-import anyio
 import psycopg
 from psycopg import errors, pq
 
@@ -43,76 +34,23 @@ from ._outcome import (
     unknown,
     verdict_of_error,
 )
-from ._shield import GATE, Expired, Job, Shield
+from ._shield import Expired, Shield
+from ._sync_section import SLICE, Calls, Section, Thinking
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
     from ._unit import Unit
 
-__all__ = ["Ending", "see_through"]
+__all__ = ["Ending"]
 
 logger = logging.getLogger("aiopgsafe")
-
-T = TypeVar("T")
 
 OK = pq.ConnStatus.OK
 IN_FLIGHT = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
 OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
-
-SLICE = 0.1
-"""Seconds that the socket is waited for at once: a handler that was deferred shortens the whole."""
-
-
-class Thinking(Thread, Generic[T]):
-    """An async function of ours, run to its end in a thread that nothing interrupts."""
-
-    def __init__(self, fn: Callable[[], Awaitable[T]]) -> None:
-        super().__init__(name="aiopgsafe", daemon=True)
-        self.results: list[T] = []
-        self.errors: list[Exception] = []
-        self._fn = fn
-        self._ends = allocate_lock()
-        self._ends.acquire()
-
-    def run(self) -> None:
-        try:
-            self.results.append(anyio.run(cast("Any", self._fn)))
-        except Exception as exc:
-            self.errors.append(exc)
-        finally:
-            self._ends.release()
-
-    def result(self, until: float) -> T:
-        """Wait for it. May be torn, and called again. Raises `Expired`, and what it raised."""
-        while not self.results and not self.errors:
-            if monotonic() > until:
-                raise Expired
-            self._ends.acquire(True, SLICE)
-        if self.errors:
-            raise self.errors[0]
-        return self.results[0]
-
-
-class NoLoop:
-    """What a `Shield` needs of an event loop, where there is none."""
-
-    running = True
-    interruptions = (BaseException,)
-
-    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
-        fn(*args)
-
-    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        raise NotImplementedError("sync code calls its callbacks itself")
-
-    def when_reset(self, handler: object, call: Callable[[], object]) -> bool:
-        return False
-
-
-NO_LOOP = NoLoop()
 
 
 class Exchange:
@@ -183,7 +121,7 @@ class Exchange:
         poll.poll(1000 * min(left, SLICE))
 
 
-class Ending:
+class Ending(Section):
     """The end of a transaction: COMMIT or ROLLBACK, the callbacks, the connection's lock.
 
     :param conn: an `aiopgsafe.Connection`.
@@ -204,7 +142,7 @@ class Ending:
         undo: bool = False,
         on_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self.shield = Shield(NO_LOOP)
+        super().__init__()
         self.going_through: BaseException | None = None
         self._conn = conn
         self._unit = unit
@@ -213,27 +151,20 @@ class Ending:
         self._on_ended = on_ended
         self._came: BaseException | None = None  # before COMMIT was sent, or out of a callback
         self._error: Exception | None = None
-        self._ended = self._over = False
+        self._ended = False
         self._locked: list[bool] = []
         self._committing: Exchange | None = None
         self._rolling: Exchange | None = None
         self._asked: Thinking[tuple[TransactionState, str]] | None = None
-        self._pending: deque[Callable[[], object]] | None = None
-        self._called = Called(0)
+        self._calls: Calls | None = None
         self._callback_errors: list[BaseException] = []
-        self._signalled: list[BaseException | None] = []
 
-    def go_on(self) -> None:
-        """From wherever it was torn to the end."""
-        if not self._over:
-            GATE.enter(self.shield, at_once=True)
-            if not self._ended:
-                self._lock()
-                self._end()
-            self._unlock()
-            self._call_back()
-            self._over = True
-        self._signalled.append(GATE.leave(self.shield))
+    def _step(self) -> None:
+        if not self._ended:
+            self._lock()
+            self._end()
+        self._unlock()
+        self._call_back()
 
     def torn(self, exc: BaseException) -> None:
         """An exception came out of `go_on()`: it will be called again."""
@@ -249,8 +180,7 @@ class Ending:
 
         :param torn: what `see_through()` returned.
         """
-        signalled = next((exc for exc in self._signalled if exc is not None), None)
-        held = self._came or torn or signalled
+        held = self._came or torn or self.signalled
         errors, outcome = self._callback_errors, self._unit.state
         if held is None and self._error is None and not errors:
             return
@@ -355,61 +285,17 @@ class Ending:
 
     def _call_back(self) -> None:
         state = self._unit.state
-        if self._pending is None and state is not ACTIVE:
-            pending = deque(cb.fn for cb in self._unit.callbacks if cb.when is state)
-            self._called = Called(len(pending))
-            self._pending = pending
-        if self._pending is None:
+        if self._calls is None and state is not ACTIVE:
+            self._calls = Calls(cb.fn for cb in self._unit.callbacks if cb.when is state)
+        if self._calls is None:
             return
         self._unit.callbacks.clear()
-        pending, called = self._pending, self._called
-        while pending:
+        while self._calls.left:
             try:
-                # Taken from the queue, entered, and noted when it has returned, in one C call:
-                # each once, and none never.
-                called.extend(islice(map(call, iter(pending.popleft, None)), 1))
+                self._calls.call_next()
             except BaseException as exc:
-                if len(pending) + len(called) == called.wanted:
-                    raise  # between two of them
-                called.append(exc)
+                self._calls.note(exc)
                 if isinstance(exc, Exception):
                     self._callback_errors.append(exc)
                 else:
                     self._came = self._came or exc
-
-
-class Called(list[object]):
-    """What callbacks have returned, or raised.
-
-    :ivar wanted: how many there are.
-    """
-
-    def __init__(self, wanted: int) -> None:
-        super().__init__()
-        self.wanted = wanted
-
-
-MAX_TEARS = 50
-"""Exceptions that an end survives: an error of ours would come again and again."""
-
-
-def see_through(ending: Ending) -> BaseException | None:
-    """Have it come to its end, however often it is torn; what tore it."""
-    try:
-        return _go_on(ending, MAX_TEARS)
-    except BaseException as exc:  # between two lines of `_go_on()`
-        ending.torn(exc)
-        _go_on(ending, 1)
-        return exc
-
-
-def _go_on(ending: Ending, tears: int) -> BaseException | None:
-    try:
-        ending.go_on()
-    except BaseException as exc:
-        ending.torn(exc)
-        if not tears:
-            raise
-        _go_on(ending, tears - 1)
-        return exc
-    return None

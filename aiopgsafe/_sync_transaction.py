@@ -13,7 +13,8 @@ from psycopg.rows import Row
 
 from ._base_block import STATUS, BaseBlock
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
-from ._sync_ending import Ending, see_through
+from ._sync_ending import Ending
+from ._sync_section import see_through
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query

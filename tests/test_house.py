@@ -37,6 +37,7 @@ STOREYS = [
     "_ending",
     "_base_block",
     "_transaction",
+    "_sync_section",
     "_sync_ending",
     "_sync_transaction",
     "_signals",

@@ -17,7 +17,8 @@ from .._errors import mark_lost
 from .._outcome import COMMITTED, COMMITTING, UNKNOWN, TransactionState
 from .._resolver import Origin
 from .._shield import GATE, Shield
-from .._sync_ending import NO_LOOP, Ending, see_through
+from .._sync_ending import Ending
+from .._sync_section import NO_LOOP, see_through
 from .._sync_transaction import SyncTransaction
 from .._unit import Unit
 from ._asking import Reach, look_up

@@ -1,0 +1,165 @@
+"""What sync code does undisturbed: exceptions from nowhere tear it, and it goes on.
+
+A signal handler that raises (Celery's time limits, a supervisor's SystemExit) and
+`PyThreadState_SetAsyncExc` (time limits of dramatiq's and RQ's threads) hit between any two
+bytecodes. Signals are deferred while a `Section` runs (`SignalGate`); nothing defers the
+other kind. So a section may be torn anywhere and is called again (`see_through()`), and goes on
+where it was: what it must not forget is somebody else's (libpq's, Django's), or was stored by the
+very C call that produced it.
+
+Who tears, and who wins: `tests/test_torn.py` raises at every bytecode.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
+from operator import call
+from threading import Thread
+from time import monotonic
+from typing import Any, Generic, TypeVar, cast
+
+import anyio
+
+from ._shield import GATE, Expired, Job, Shield
+
+__all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "see_through"]
+
+T = TypeVar("T")
+
+SLICE = 0.1
+"""Seconds that the socket is waited for at once: a handler that was deferred shortens the whole."""
+
+
+class Thinking(Thread, Generic[T]):
+    """An async function of ours, run to its end in a thread that nothing interrupts."""
+
+    def __init__(self, fn: Callable[[], Awaitable[T]]) -> None:
+        super().__init__(name="aiopgsafe", daemon=True)
+        self.results: list[T] = []
+        self.errors: list[Exception] = []
+        self._fn = fn
+        self._ends = allocate_lock()
+        self._ends.acquire()
+
+    def run(self) -> None:
+        try:
+            self.results.append(anyio.run(cast("Any", self._fn)))
+        except Exception as exc:
+            self.errors.append(exc)
+        finally:
+            self._ends.release()
+
+    def result(self, until: float) -> T:
+        """Wait for it. May be torn, and called again. Raises `Expired`, and what it raised."""
+        while not self.results and not self.errors:
+            if monotonic() > until:
+                raise Expired
+            self._ends.acquire(True, SLICE)
+        if self.errors:
+            raise self.errors[0]
+        return self.results[0]
+
+
+class NoLoop:
+    """What a `Shield` needs of an event loop, where there is none."""
+
+    running = True
+    interruptions = (BaseException,)
+
+    def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        fn(*args)
+
+    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
+        raise NotImplementedError("sync code calls its callbacks itself")
+
+    def when_reset(self, handler: object, call: Callable[[], object]) -> bool:
+        return False
+
+
+NO_LOOP = NoLoop()
+
+
+class Section:
+    """What may be torn anywhere and is called again; signals are deferred meanwhile.
+
+    A subclass has `_step()`, which goes on from wherever it was torn.
+    """
+
+    def __init__(self) -> None:
+        self.shield = Shield(NO_LOOP)
+        self._over = False
+        self._signalled: list[BaseException | None] = []
+
+    def go_on(self) -> None:
+        """From wherever it was torn to the end."""
+        if not self._over:
+            GATE.enter(self.shield, at_once=True)
+            self._step()
+            self._over = True
+        self._signalled.append(GATE.leave(self.shield))
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    def torn(self, exc: BaseException) -> None:
+        """`exc` came out of `go_on()`: it will be called again."""
+
+    @property
+    def signalled(self) -> BaseException | None:
+        """What a handler raised that was deferred."""
+        return next((exc for exc in self._signalled if exc is not None), None)
+
+
+class Calls:
+    """Functions that are called each once, and none never, wherever this is torn.
+
+    :ivar left: that have not been called.
+    :ivar called: what the others have returned, or raised.
+    """
+
+    def __init__(self, fns: Iterable[Callable[[], object]]) -> None:
+        self.left = deque(fns)
+        self.called: list[object] = []
+        self._all = len(self.left)
+
+    def call_next(self) -> None:
+        """Call one. Raises what it raises: see `note()`."""
+        # Taken from the queue, entered, and noted when it has returned, in one C call.
+        self.called.extend(islice(map(call, iter(self.left.popleft, None)), 1))
+
+    def note(self, exc: BaseException) -> int:
+        """Note what a function raised; its number. Raised again if it was no function's."""
+        number = len(self.called)
+        if len(self.left) + number == self._all:
+            raise exc  # between two of them
+        self.called.append(exc)
+        return number
+
+
+MAX_TEARS = 50
+"""Exceptions that an end survives: an error of ours would come again and again."""
+
+
+def see_through(section: Section) -> BaseException | None:
+    """Have it come to its end, however often it is torn; what tore it."""
+    try:
+        return _go_on(section, MAX_TEARS)
+    except BaseException as exc:  # between two lines of `_go_on()`
+        section.torn(exc)
+        _go_on(section, 1)
+        return exc
+
+
+def _go_on(section: Section, tears: int) -> BaseException | None:
+    try:
+        section.go_on()
+    except BaseException as exc:
+        section.torn(exc)
+        if not tears:
+            raise
+        _go_on(section, tears - 1)
+        return exc
+    return None
