@@ -101,6 +101,11 @@ class Section:
             self._over = True
         self._signalled.append(GATE.leave(self.shield))
 
+    @property
+    def over(self) -> bool:
+        """Whether all of it is done."""
+        return self._over
+
     def _step(self) -> None:
         raise NotImplementedError
 

@@ -49,6 +49,7 @@ STOREYS = [
     "_draining",
     "_blocks",
     "_database",
+    "django",
 ]
 """From top to bottom: a module may import what stands above it."""
 

@@ -145,7 +145,7 @@ class Sweep:
         while True:
             with WAYS[way](exc) as happens:
                 self.admin.execute("truncate t")
-                tear = Tear(at, happens, again, __file__)
+                tear = Tear(at, happens, again if at else None, __file__)
                 TEARS[threading.get_ident()] = tear
                 trial = Trial(conn, self.admin)
                 trial.run(work, tear)

@@ -1,0 +1,270 @@
+"""`Atomic.__exit__()` as a section: torn anywhere, the block is left as if it had not been.
+
+Django's runs, and does everything; what it had not done when it was torn is done afterwards
+(`Leaving._mend()`), by what the server decided: callbacks run if and only if it has committed,
+autocommit is on again, no block is left behind. Stock Django at the same places loses the
+callbacks, or runs them in a later transaction, or leaves autocommit off, so that the next block
+reports success and is never committed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import psycopg
+from django.db import Error
+from django.db.transaction import Atomic, get_connection
+
+from .._outcome import COMMITTED
+from .._sync_section import Calls, Section, see_through
+
+__all__ = ["Hooks", "Leaving", "install"]
+
+
+class Hooks(Section):
+    """Runs a transaction's callbacks, as Django does: each once, wherever it is torn.
+
+    :param hooks: of `BaseDatabaseWrapper.run_on_commit`.
+    """
+
+    def __init__(self, wrapper: Any, hooks: Iterable[Any]) -> None:
+        super().__init__()
+        hooks = tuple(hooks)
+        self._wrapper = wrapper
+        self._robust = [robust for _, _, robust in hooks]
+        self._calls = Calls(fn for _, fn, _ in hooks)
+        self._taken = False
+        self.raised: BaseException | None = None
+        """What a callback raised."""
+
+    def _step(self) -> None:
+        if not self._taken:
+            self._wrapper.run_on_commit = []
+            self._taken = True
+        while self._calls.left:
+            try:
+                self._calls.call_next()
+            except BaseException as exc:
+                number = self._calls.note(exc)
+                if not isinstance(exc, Exception):
+                    self.raised = self.raised or exc  # it stops the program, not the others
+                elif self._robust[number]:
+                    self._wrapper._log_hook_error(exc)
+                else:
+                    self.raised = self.raised or exc
+                    self._calls.left.clear()  # those after it don't run: Django's documentation
+
+
+class Leaving(Section):
+    """One block's exit."""
+
+    def __init__(
+        self,
+        atomic: Atomic,
+        wrapper: Any,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        super().__init__()
+        self.raised: BaseException | None = None
+        """What came out of it first."""
+        self._atomic = atomic
+        self._wrapper = wrapper
+        self._given = exc_type, exc, tb
+        self._handled = sys.exc_info()[1]  # around it
+        self._begun = False
+        self._outermost = not wrapper.savepoint_ids
+        # As they are afterwards.
+        self._blocks = wrapper.atomic_blocks[:-1] if wrapper.in_atomic_block else []
+        self._savepoints = wrapper.savepoint_ids[:-1]
+        self._in_block = not self._outermost
+        if len(wrapper.savepoint_ids) == 1 and not wrapper.commit_on_exit:
+            self._in_block = False  # a transaction that the program manages itself
+        self._unit = getattr(wrapper.connection, "_unit", None)
+        self.hooks: Hooks | None = None
+
+    def _step(self) -> None:
+        leaving = self._wrapper._leaving
+        if self not in leaving:
+            leaving.append(self)
+        if not self._begun:
+            self._begun = True
+            DJANGOS_EXIT(self._atomic, *self._given)
+        elif not self._whole:
+            self._mend()
+        while self in leaving:
+            leaving.remove(self)
+
+    def torn(self, exc: BaseException) -> None:
+        """It may be Django's own error, or a callback's: what is whole is not mended."""
+        if not self._begun:
+            self._given = type(exc), exc, exc.__traceback__  # no COMMIT begins any more
+        self.raised = self.raised or self._first(exc)
+
+    def _first(self, exc: BaseException) -> BaseException:
+        """What tore it, if `exc` is an error that Django has for it: of an exit half done."""
+        before: BaseException | None = exc
+        while before is not None and before not in (self._handled, self._given[1]):
+            if not isinstance(before, (Error, psycopg.Error)):
+                return before
+            before = before.__context__
+        return exc
+
+    def finish(self) -> None:
+        """Raise what came out of it."""
+        raised = self.raised or (self.hooks.raised if self.hooks else None) or self.signalled
+        if raised is None:
+            return
+        if self._committed and raised is not self._given[1]:
+            note = "aiopgsafe: the transaction is committed"
+            if note not in getattr(raised, "__notes__", ()):
+                raised.add_note(note)
+        raise raised
+
+    @property
+    def _committed(self) -> bool:
+        if self._unit is not None:
+            return self._unit.state is COMMITTED
+        # Nothing was executed: it is what `BaseDatabaseWrapper.commit()` got to.
+        return self.hooks is not None or self._wrapper.run_commit_hooks_on_set_autocommit_on
+
+    @property
+    def _whole(self) -> bool:
+        """Whether Django's exit has come to its end, whatever it has raised."""
+        wrapper = self._wrapper
+        if len(wrapper.atomic_blocks) > len(self._blocks):
+            return False
+        if not self._outermost:
+            left = len(wrapper.savepoint_ids) == len(self._savepoints)
+            return left and isinstance(self.raised, Error)
+        if wrapper.in_atomic_block:
+            return False
+        if wrapper.connection is None:
+            return True
+        called = not (self._committed and self.hooks is None and wrapper.run_on_commit)
+        on = wrapper.autocommit and wrapper.connection.autocommit
+        return bool(on and called and not wrapper.run_commit_hooks_on_set_autocommit_on)
+
+    def _mend(self) -> None:
+        wrapper = self._wrapper
+        # Locks whose ``with`` was torn. The connection is this thread's: nobody else has them.
+        if wrapper._thread_sharing_lock.locked():
+            wrapper._thread_sharing_lock = Lock()
+        if wrapper.connection is not None and wrapper.connection.lock.locked():
+            wrapper.connection.lock = Lock()
+        del wrapper.atomic_blocks[len(self._blocks) :]
+        if not self._outermost:
+            self._mend_inner()
+            return
+        wrapper.in_atomic_block = False
+        if wrapper.closed_in_transaction:
+            wrapper.connection = None
+            return
+        if self._committed:
+            wrapper.errors_occurred = wrapper.needs_rollback = False
+            wrapper.run_commit_hooks_on_set_autocommit_on = True
+        elif wrapper.connection is not None and wrapper.connection._in_transaction:
+            self._roll_back()
+        if not self._committed and self.hooks is None:
+            wrapper.run_on_commit = []
+            wrapper.needs_rollback = False
+        try:
+            wrapper.set_autocommit(True)
+        except Error:
+            wrapper.close()
+
+    def _mend_inner(self) -> None:
+        wrapper = self._wrapper
+        del wrapper.savepoint_ids[len(self._savepoints) :]
+        wrapper.in_atomic_block = self._in_block
+        # Nobody knows how much of it the savepoint has undone.
+        wrapper.needs_rollback = self._in_block
+
+    def _roll_back(self) -> None:
+        wrapper = self._wrapper
+        try:
+            wrapper.rollback()
+        except Error:
+            wrapper.close()
+
+
+DJANGOS_EXIT = Atomic.__exit__
+DJANGOS_ENTER = Atomic.__enter__
+
+
+def enter(atomic: Atomic) -> None:
+    """Django's. Torn, it leaves no block that nobody will leave."""
+    wrapper: Any = get_connection(atomic.using)
+    if not hasattr(wrapper, "_leaving") or wrapper.in_atomic_block:
+        DJANGOS_ENTER(atomic)
+        return
+    autocommit = wrapper.autocommit
+    try:
+        DJANGOS_ENTER(atomic)
+    except BaseException:
+        wrapper.in_atomic_block = False
+        wrapper.atomic_blocks.clear()
+        if autocommit and wrapper.connection is not None and not wrapper.autocommit:
+            wrapper.set_autocommit(True)
+        raise
+
+
+def leave(
+    atomic: Atomic,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    tb: TracebackType | None,
+) -> None:
+    """Django's, as a section where the connection is ours."""
+    begun: list[Leaving | None] = []
+    try:
+        try:
+            _leave(atomic, begun, exc_type, exc, tb)
+        except BaseException as torn:
+            _see_left(atomic, begun, torn)
+            raise
+    except BaseException as torn:  # between two lines of it
+        _see_left(atomic, begun, torn)
+        raise
+
+
+def _leave(
+    atomic: Atomic,
+    begun: list[Leaving | None],
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    tb: TracebackType | None,
+) -> None:
+    wrapper: Any = get_connection(atomic.using)
+    if not hasattr(wrapper, "_leaving"):
+        begun.append(None)
+        DJANGOS_EXIT(atomic, exc_type, exc, tb)
+        return
+    leaving = Leaving(atomic, wrapper, exc_type, exc, tb)
+    begun.append(leaving)
+    see_through(leaving)
+    leaving.finish()
+
+
+def _see_left(atomic: Atomic, begun: list[Leaving | None], torn: BaseException) -> None:
+    """If `torn` came before the exit had begun, or before its end: it is seen through."""
+    if not begun:
+        wrapper: Any = get_connection(atomic.using)
+        if not hasattr(wrapper, "_leaving"):
+            return
+        begun.append(Leaving(atomic, wrapper, type(torn), torn, torn.__traceback__))
+    leaving = begun[0]
+    if leaving is not None and not leaving.over:
+        leaving.torn(torn)
+        see_through(leaving)
+
+
+def install() -> None:
+    """Blocks on connections of ours are entered and left our way from now on; others as before."""
+    Atomic.__enter__ = enter
+    Atomic.__exit__ = leave

@@ -1,0 +1,102 @@
+"""The backend's connection: Django finds it here."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import psycopg
+from django.db.backends.postgresql import base
+
+from .._connection import Connection
+from .._connection._sync_cursor import SyncRider
+from .._outcome import COMMITTED
+from .._sync_section import see_through
+from ._atomic import Hooks, Leaving, install
+
+__all__ = ["DatabaseWrapper"]
+
+logger = logging.getLogger("django.db.backends.base")
+
+
+class Cursor(SyncRider[Any], base.Cursor):  # type: ignore[misc]
+    """Django's, which merges parameters into the query. BEGIN rides on what it executes."""
+
+    _prepares = False
+
+
+class ServerBindingCursor(SyncRider[Any], base.ServerBindingCursor):  # type: ignore[misc]
+    """Django's with ``server_side_binding``."""
+
+
+DRIVER = ModuleType("psycopg")
+"""psycopg, as Django sees it, with connections of ours."""
+
+DRIVER.__dict__.update(vars(psycopg), connect=Connection.connect)
+
+CURSORS = {base.Cursor: Cursor, base.ServerBindingCursor: ServerBindingCursor}
+
+
+class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
+    """Django's connection to PostgreSQL. Its COMMIT and what follows it can't be torn.
+
+    OPTIONS may have what `aiopgsafe.Connection.connect()` takes: ``commit_timeout``,
+    ``cancel_timeout``, ``statement_timeout``, ``commit_token``.
+    """
+
+    Database = DRIVER
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leaving: list[Leaving] = []
+
+    def get_connection_params(self) -> dict[str, Any]:
+        """Django's, with cursors of ours in place of its own."""
+        params: dict[str, Any] = super().get_connection_params()
+        params["cursor_factory"] = CURSORS.get(params["cursor_factory"], params["cursor_factory"])
+        return params
+
+    @property
+    def pool(self) -> Any:
+        """Django's, of connections of ours."""
+        options = self.settings_dict["OPTIONS"]
+        if options.get("pool"):
+            given = {} if options["pool"] is True else options["pool"]
+            options["pool"] = {"connection_class": Connection, **given}
+        return super().pool
+
+    def commit(self) -> None:
+        """Commit. What has been committed is known to be, whatever interrupts."""
+        unit = getattr(self.connection, "_unit", None)
+        try:
+            super().commit()
+        except BaseException:
+            if unit is not None and unit.state is COMMITTED:
+                self.errors_occurred = False
+                self.run_commit_hooks_on_set_autocommit_on = True
+            raise
+
+    def run_and_clear_commit_hooks(self) -> None:
+        """Run the callbacks of the transaction that was committed."""
+        self.validate_no_atomic_block()
+        leaving = self._leaving[-1] if self._leaving else None
+        hooks = leaving.hooks if leaving is not None else None
+        if hooks is None:
+            hooks = Hooks(self, self.run_on_commit)
+            if leaving is not None:
+                leaving.hooks = hooks
+        if hooks.over:
+            return
+        torn = see_through(hooks)
+        raised = torn or hooks.raised or hooks.signalled
+        if raised is not None:
+            raise raised
+
+    def _log_hook_error(self, exc: BaseException) -> None:
+        logger.error(
+            "Error calling a function in on_commit() during transaction (%s).", exc, exc_info=exc
+        )
+
+
+install()
