@@ -138,6 +138,10 @@ class Database(Generic[Row]):
         already; `PoolClosed` if it is closed meanwhile.
         """
         if self.pool._used_up:
+            if not self.pool.closed:
+                self.pool._abandon()
+                if self._hub is not None:
+                    self._hub.abandon()
             self.pool = self._new_pool()
             self._hub = self._drain = None
         if not self.pool.closed:

@@ -160,6 +160,7 @@ class _Watched:
         self._ahead = 0
         self._room = anyio.Event()
         self._answered = False
+        self._to_come = inf
         self._error: Exception | None = None
         # To read the body is to ask for it: whether it is wanted the application has to say.
         self._wanted = anyio.Event()
@@ -190,8 +191,13 @@ class _Watched:
     async def send(self, message: Message) -> None:
         """Of the application."""
         kind = message["type"]
+        if kind == "http.response.start":
+            length = dict(message.get("headers", ())).get(b"content-length")
+            self._to_come = float(length) if length else inf
         ends = kind == "http.response.body" and not message.get("more_body", False)
-        if ends or kind == "http.response.pathsend":
+        # A client that has all of the announced length has the answer, whatever follows.
+        self._to_come -= len(message.get("body", b""))
+        if ends or kind == "http.response.pathsend" or self._to_come <= 0:
             # The server calls the end of its answer a disconnecting, too: what still runs
             # then, background tasks, is not the client's.
             self._answered = True

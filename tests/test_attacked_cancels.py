@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -440,3 +440,71 @@ async def test_an_exception_before_the_first_wait_leaves_the_connection_usable(
     await conn.rollback()
     cur = await conn.execute("select 'usable'")
     assert await cur.fetchone() == ("usable",)
+
+
+# What is cut short by the program itself, and interrupted while that is cleaned up
+
+
+ROWS = "select generate_series(1, 300000)"
+
+
+async def stream_cut_short(conn: Conn) -> None:
+    async with aclosing(cast("Any", conn.cursor().stream(ROWS))) as rows:
+        async for _ in rows:
+            break
+
+
+async def stream_that_fails(conn: Conn) -> None:
+    with suppress(KeyError):
+        async with aclosing(cast("Any", conn.cursor().stream(ROWS))) as rows:
+            async for _ in rows:
+                raise KeyError
+
+
+async def copy_that_fails(conn: Conn) -> None:
+    with suppress(KeyError):
+        copy_out = "copy (select generate_series(1, 300000)) to stdout"
+        async with conn.cursor().copy(copy_out) as copy:
+            await copy.read()
+            raise KeyError
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("work", [stream_cut_short, stream_that_fails, copy_that_fails])
+async def test_a_cancellation_in_the_clean_up_is_not_lost(
+    conn: Conn, work: Callable[[Conn], Any], anyio_backend: object
+) -> None:
+    await conn.set_autocommit(True)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await work(conn)
+    took = loop.time() - began
+
+    async def work_and_sleep() -> None:
+        await work(conn)
+        await asyncio.sleep(60)
+
+    for turn in range(40):
+        task = asyncio.ensure_future(work_and_sleep())
+        loop.call_later(took * turn / 30, task.cancel)
+        with anyio.fail_after(10), pytest.raises(asyncio.CancelledError):
+            await task
+        assert conn.info.transaction_status == TransactionStatus.IDLE
+        assert await (await conn.execute("select 1")).fetchone() == (1,)
+
+
+@pytest.mark.anyio
+async def test_what_is_prepared_after_a_cancelled_pipeline_stays(
+    conn: Conn, anyio_backend: object
+) -> None:
+    await conn.set_autocommit(True)
+    conn.prepare_threshold = 0
+    await conn.execute("select 1")
+    with anyio.move_on_after(0.1):
+        async with conn.pipeline():
+            await conn.execute("select pg_sleep(60)")
+    assert not conn.closed
+    for _ in range(3):
+        cur = await conn.execute("select %s::int", (1,))
+        assert await cur.fetchone() == (1,)

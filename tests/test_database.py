@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any, cast
 
 import anyio
@@ -317,3 +318,58 @@ async def test_a_demoted_server_is_let_go_of(db: Database, server: TemporaryServ
             admin.execute("select pg_reload_conf()")
     async with db.connection() as conn:
         assert conn.info.backend_pid != pid
+
+
+@pytest.mark.anyio
+async def test_the_one_that_was_closed_while_it_opened_fails_and_not_the_next(
+    dsn: str, anyio_backend: object
+) -> None:
+    go_on = anyio.Event()
+
+    async def configure(conn: AsyncConnection[Any]) -> None:
+        await go_on.wait()
+
+    db = Database(dsn, configure=configure, min_size=1)
+    ends: list[str] = []
+
+    async def open(name: str) -> None:
+        try:
+            await db.open()
+            ends.append(f"{name} opened")
+        except psycopg_pool.PoolClosed:
+            ends.append(f"{name} closed")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(open, "first")
+        await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+        await db.close()
+        tasks.start_soon(open, "second")
+        await anyio.wait_all_tasks_blocked()
+        go_on.set()
+    assert sorted(ends) == ["first closed", "second opened"]
+    await db.close()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_is_left_open_in_a_loop_that_ended_is_closed_by_the_next_open(
+    dsn: str, admin: Admin, backend: str
+) -> None:
+    db = Database(f"{dsn} application_name=left", min_size=2)
+    counts = []
+
+    async def use() -> None:
+        await db.open()
+        await db.pool.wait()
+        async with db.listen("a"):
+            pass
+
+    count = "select count(*) from pg_stat_activity where application_name = 'left'"
+    for _ in range(4):
+        anyio.run(use, backend=backend)
+        deadline = monotonic() + 5
+        while (row := admin.execute(count).fetchone()) and row[0] > 2:
+            assert monotonic() < deadline
+        counts.append(row)
+    assert counts == [(2,)] * 4
+    db.pool._abandon()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
+from time import monotonic, sleep
 from typing import Any
 
 import django
@@ -20,8 +23,9 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import ConnectionHandler
 
 from aiopgsafe._sync_section import Section
+from aiopgsafe.testing import Delay, FaultProxy, command_complete
 from tests.conftest import Figures
-from tests.tearing import WAYS, Stop, Tear, TimeLimit
+from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling
 
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
@@ -155,7 +159,7 @@ def test_callbacks_may_begin_transactions(wrapper: Any, admin: Admin) -> None:
 
 
 def test_durable_and_savepoint_and_decorators(wrapper: Any, admin: Admin) -> None:
-    @transaction.atomic(durable=True)
+    @transaction.atomic(durable=True)  # type: ignore[untyped-decorator]
     def work() -> None:
         insert(1)
 
@@ -341,12 +345,36 @@ def test_nothing_tears_the_end_of_a_block(
     assert len(at_the_door) <= DOOR
 
 
-def test_stock_django_loses_callbacks(dsn: str, admin: Admin, figures: Figures, long: bool) -> None:
-    """Else the test above would show nothing."""
+@pytest.mark.parametrize("engine", [OURS, STOCK])
+def test_a_signal_during_the_commit_loses_callbacks_with_the_stock_backend_only(
+    proxy: FaultProxy, admin: Admin, engine: str, figures: Figures, long: bool
+) -> None:
     admin.execute("create table t (i int)")
-    tried, committed, found, _ = sweep(
-        dsn, admin, STOCK, "signal", TimeLimit, None, 1 if long else 13
-    )
-    lost = sum("committed, and called" in fault for fault in found)
-    figures(tried=tried, committed=committed, faults=len(found), lost=lost)
-    assert lost > tried / 10
+    trials = 50 if long else 10
+    answer = proxy.inject(Delay(0.05), command_complete("COMMIT"))
+    lost = 0
+    for _ in range(trials):
+        admin.execute("truncate t")
+        wrapper = connect(proxy.dsn, engine)
+        with wrapper.cursor() as cur:
+            cur.execute("select 1")
+        trial = Trial(admin)
+        with handling(Stop):
+            sender = threading.Thread(target=send_when_hit, args=(answer, answer.hits))
+            sender.start()
+            trial.run(Tear(0, bool))
+            sender.join()
+        assert isinstance(trial.raised, Stop)
+        deadline = monotonic() + 5
+        while ids(admin) != [1]:
+            assert monotonic() < deadline
+        lost += trial.called != ["a", "b"]
+        wrapper.close()
+    figures(trials=trials, lost=lost)
+    assert lost == (trials if engine == STOCK else 0)
+
+
+def send_when_hit(answer: Any, hits: int) -> None:
+    while answer.hits == hits:
+        sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)

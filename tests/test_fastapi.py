@@ -333,6 +333,26 @@ async def test_a_body_that_waits_to_be_wanted_is_not_asked_for() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_client_that_has_the_announced_length_has_its_answer() -> None:
+    """Starlette sends the end of a file in a message of its own, which may come too late."""
+    server = Server()
+    over: list[str] = []
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"3")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"abc", "more_body": True})
+        server.gone.set()
+        for _ in range(10):
+            await anyio.lowlevel.checkpoint()
+        await send({"type": "http.response.body", "body": b""})
+        over.append("background task")
+
+    await cancel_on_disconnect(handler)(server.scope, server.receive, server.send)
+    assert over == ["background task"]
+
+
+@pytest.mark.anyio
 async def test_an_error_of_the_servers_is_the_applications_to_hear() -> None:
     server = Server()
 

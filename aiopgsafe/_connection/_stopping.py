@@ -16,7 +16,7 @@ from .._backends._lock import Lock
 from .._shield import Shield
 from ._losing import Losing
 from ._statements import ending_statement, name_of
-from ._together import leave_pipeline_mode, left_gen
+from ._together import leave_pipeline_mode, left_gen, left_in_cursor_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, PQGenConn
@@ -185,8 +185,22 @@ class StatementStopping(Losing[Row]):
             raise errors.CancellationTimeout("cancellation timeout expired") from None
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:
-        # psycopg calls it on its way out of COPY and stream(): cleaning up is shielded.
+        """psycopg calls it on its way out of COPY and `stream()`, and then takes what is left.
+
+        Interrupted meanwhile, we take it ourselves: psycopg would not get to it.
+        """
+        shield = Shield(self._backend)
+        deadline = monotonic() + timeout
         try:
-            await self._send_cancel(Shield(self._backend), monotonic() + timeout)
+            await self._send_cancel(shield, deadline)
+            if shield.held is None:
+                return
+            if self.pgconn.transaction_status == ACTIVE:
+                self._channel.start(left_in_cursor_gen(self.pgconn), deadline)
+                await shield.hold(self._channel)
         except Expired:
             logger.warning("query cancellation failed: no answer within %g seconds", timeout)
+            if shield.held is not None:
+                self._drop(f"a cancelled statement did not end within {timeout:g} seconds")
+        if shield.held is not None:
+            raise shield.held

@@ -111,6 +111,17 @@ def drain_gen(pgconn: PGconn) -> PQGen[None]:
             return
 
 
+def left_in_cursor_gen(pgconn: PGconn) -> PQGen[None]:
+    """Take the rest of a COPY TO, or of a stream, that has been cancelled; its errors, too."""
+    try:
+        while isinstance((yield from generators.copy_from(pgconn)), memoryview):
+            continue
+    except psycopg.Error as exc:  # cancelled; or it is no COPY
+        logger.debug("interrupted statement: %r", exc)
+    while pgconn.transaction_status == ACTIVE:
+        yield from generators.fetch(pgconn)
+
+
 def end_copy_gen(pgconn: PGconn) -> PQGen[None]:
     """End a COPY that has just begun."""
     copy = pgconn.get_result()  # of which there are any number, in COPY mode

@@ -142,6 +142,12 @@ class Hub:
             if not subscription.confirmed:
                 self._fail(subscription, error)
 
+    def abandon(self) -> None:
+        """Its event loop runs no more: nobody else will close its connection."""
+        if self._conn is not None:
+            self._conn._channel.discard()
+            self._conn.pgconn.finish()
+
     async def close(self, deadline: float) -> None:
         """End all subscriptions, after what is in their buffers, and the connection."""
         self._closed = True

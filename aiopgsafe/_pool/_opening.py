@@ -27,7 +27,8 @@ class Opening(Keeping):
 
     _maintenance: Background[None] | None
     _open_implicitly: bool  # at first use, where psycopg_pool does
-    _opening: bool
+    _opened_by: object
+    _opening: Backend | None  # in whose loop it is being opened
     _refusal: str
 
     @property
@@ -57,17 +58,26 @@ class Opening(Keeping):
     async def _open_with_first(self) -> None:
         """Open it with a connection; raise why that can't be made."""
         self._check_unopened()
-        if self._opening:
+        if self._opening is not None and self._opening.running:
             raise psycopg.InterfaceError(f"{self!r} is being opened already")
-        self._opening = True
+        self._opening = _backends.current()
+        self._opened_by = turn = object()
         try:
             conn = await self._connector.connect()
-            if not self._opening:  # closed meanwhile
+            if self._opened_by is not turn:  # closed meanwhile
                 conn._close_now()
                 raise PoolClosed(f"the pool {self.name!r} was closed while it was opened")
             self._open(conn)
         finally:
-            self._opening = False
+            if self._opened_by is turn:
+                self._opening = None
+
+    def _abandon(self) -> None:
+        """Its event loop runs no more: nobody else will close its connections."""
+        self._closed = True
+        for place in (*self._places.idle, *self._places.used):
+            place.conn._channel.discard()
+            place.conn.pgconn.finish()
 
     def _check_unopened(self) -> None:
         if self._backend is not None:
@@ -116,7 +126,8 @@ class Opening(Keeping):
 
         :param timeout: seconds to wait for what runs in the background to end.
         """
-        self._opening = self._open_implicitly = False
+        self._opening = self._opened_by = None
+        self._open_implicitly = False
         if self._closed:
             return
         self._check_loop()

@@ -120,7 +120,8 @@ class AsyncConnectionPool(Giving, psycopg_pool.AsyncConnectionPool[ConnectionT])
         )
         self._backend: Backend | None = None
         self._closed = True
-        self._opening = False
+        self._opening = None
+        self._opened_by: object = None
         self._open_implicitly = open is None
         self._calls = 0
         self._drained_at = 0.0
