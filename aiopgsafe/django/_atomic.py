@@ -9,6 +9,7 @@ reports success and is never committed.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
 from threading import Lock
@@ -24,6 +25,8 @@ from .._sync_section import Calls, Section, see_through
 
 __all__ = ["Hooks", "Leaving", "install"]
 
+logger = logging.getLogger("django.db.backends.base")
+
 
 class Hooks(Section):
     """Runs a transaction's callbacks, as Django does: each once, wherever it is torn.
@@ -35,8 +38,9 @@ class Hooks(Section):
         super().__init__()
         hooks = tuple(hooks)
         self._wrapper = wrapper
+        self._fns = [fn for _, fn, _ in hooks]
         self._robust = [robust for _, _, robust in hooks]
-        self._calls = Calls(fn for _, fn, _ in hooks)
+        self._calls = Calls(self._fns)
         self._taken = False
         self.raised: BaseException | None = None
         """What a callback raised."""
@@ -53,10 +57,17 @@ class Hooks(Section):
                 if not isinstance(exc, Exception):
                     self.raised = self.raised or exc  # it stops the program, not the others
                 elif self._robust[number]:
-                    self._wrapper._log_hook_error(exc)
+                    log_error(self._fns[number], exc)
                 else:
                     self.raised = self.raised or exc
                     self._calls.left.clear()  # those after it don't run: Django's documentation
+
+
+def log_error(fn: object, exc: BaseException) -> None:
+    """In Django's words."""
+    name = getattr(fn, "__qualname__", repr(fn))
+    message = f"Error calling {name} in on_commit() during transaction (%s)."
+    logger.error(message, exc, exc_info=exc)
 
 
 class Leaving(Section):

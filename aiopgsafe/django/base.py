@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +15,6 @@ from .._sync_section import see_through
 from ._atomic import Hooks, Leaving, install
 
 __all__ = ["DatabaseWrapper"]
-
-logger = logging.getLogger("django.db.backends.base")
 
 
 class Cursor(SyncRider[Any], base.Cursor):  # type: ignore[misc]
@@ -92,11 +89,6 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         raised = torn or hooks.raised or hooks.signalled
         if raised is not None:
             raise raised
-
-    def _log_hook_error(self, exc: BaseException) -> None:
-        logger.error(
-            "Error calling a function in on_commit() during transaction (%s).", exc, exc_info=exc
-        )
 
 
 install()

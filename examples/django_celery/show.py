@@ -87,20 +87,16 @@ def stop_in_commit(
 
     answer = proxy.inject(Delay(LATE), command_complete("COMMIT"))
     limit = LATE / 2 if stop is by_soft_limit else None
-    sent = 0
-    while sent < rounds:
+    for number in range(rounds):
+        # Another worker each time: stock Django's connection is of no use afterwards.
         with worker(environment) as process:
-            while sent < rounds:
-                before = answer.hits
-                app.send_task("order", [f"order {sent}"], soft_time_limit=limit)
-                sent += 1
-                while answer.hits == before:
-                    assert process.poll() is None, "the worker has ended by itself"
-                    time.sleep(0.001)
-                stop(process)
-                wait_until_over(admin, process, sent, stop is by_soft_limit)
-                if stop is not by_soft_limit:
-                    break  # the worker has ended
+            before = answer.hits
+            app.send_task("order", [f"order {number}"], soft_time_limit=limit)
+            while answer.hits == before:
+                assert process.poll() is None, "the worker has ended by itself"
+                time.sleep(0.001)
+            stop(process)
+            wait_until_over(admin, process, number + 1, stop is by_soft_limit)
     answer.remove()
     missing = "select count(*) from shop_order where name not in (select name from shop_followed)"
     row = admin.execute(missing).fetchone()

@@ -33,7 +33,7 @@ def follow(name: str) -> None:
     Followed.objects.create(name=name)
 
 
-@app.task(name="order")
+@app.task(name="order")  # type: ignore[untyped-decorator]
 def order(name: str) -> None:
     """One transaction; what comes after it is registered in it."""
     with transaction.atomic():

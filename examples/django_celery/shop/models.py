@@ -3,7 +3,7 @@
 from django.db import models
 
 
-class Order(models.Model):
+class Order(models.Model):  # type: ignore[misc]
     """What the task's transaction writes."""
 
     name = models.CharField(max_length=100, unique=True)
@@ -12,7 +12,7 @@ class Order(models.Model):
         app_label = "shop"
 
 
-class Followed(models.Model):
+class Followed(models.Model):  # type: ignore[misc]
     """What its `on_commit` callback writes: in life, the next task that it queues."""
 
     name = models.CharField(max_length=100, unique=True)
