@@ -209,7 +209,7 @@ class Ending(Section):
         conn, unit = self._conn, self._unit
         if self._commit:
             if self._committing is None:
-                commands = conn._before_commit(unit)  # may raise: see `torn()`
+                commands = conn._before_commit(unit, self._undo)  # may raise: see `torn()`
                 self._committing = Exchange(conn, *commands) if commands else None
             if self._committing is not None:
                 self._committing.go_on(self.shield)
@@ -269,6 +269,8 @@ class Ending(Section):
 
     def _roll_back(self) -> None:
         conn = self._conn
+        if conn._begin_waits is not None:  # nothing was executed
+            conn._forget_queue()
         if self._rolling is None:
             conn._come_to_rest()
             self._rolling = Exchange(conn, b"ROLLBACK")

@@ -224,17 +224,18 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
 
     # Ending transactions
 
-    def _before_commit(self, unit: Unit) -> list[bytes]:
+    def _before_commit(self, unit: Unit, of_block: bool) -> list[bytes]:
         """What COMMIT is sent by; nothing if nothing was executed."""
         try:
-            return self._wait(self._before_ending_gen(unit))
+            return self._wait(self._before_ending_gen(unit, of_block))
         except errors.TransactionResolutionUnknown:
             if unit.state is COMMITTING:
                 unit.advance(UNKNOWN)
             raise
 
-    def _before_ending_gen(self, unit: Unit) -> PQGen[list[bytes]]:
-        if self._blocks:
+    def _before_ending_gen(self, unit: Unit, of_block: bool) -> PQGen[list[bytes]]:
+        if of_block:
+            yield from self._sync_gen()
             empty = self._ends_empty(unit)
             ended: bool | None = True if empty else None
         else:
