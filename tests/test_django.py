@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import django
 import psycopg
 import pytest
+from asgiref.sync import sync_to_async
 from django.conf import settings
 
 if not settings.configured:
@@ -23,7 +25,7 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import ConnectionHandler
 
 from aiopgsafe._sync_section import Section
-from aiopgsafe.testing import Delay, FaultProxy, command_complete
+from aiopgsafe.testing import Cut, Delay, FaultProxy, command_complete
 from tests.conftest import Figures
 from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling
 
@@ -200,6 +202,45 @@ def test_options_are_those_of_the_connection(dsn: str) -> None:
         cur.execute("select 1")
     pooled.close()
     pooled.close_pool()
+
+
+def test_async_code_goes_through_a_thread(wrapper: Any, admin: Admin) -> None:
+    called: list[str] = []
+
+    def work() -> None:
+        try:
+            with transaction.atomic():
+                insert(1)
+                transaction.on_commit(partial(called.append, "a"))
+        finally:
+            connections["default"].close()
+
+    async def view() -> None:
+        await sync_to_async(work, thread_sensitive=False)()
+
+    asyncio.run(view())
+    assert called == ["a"]
+    assert ids(admin) == [1]
+
+
+def test_a_commit_whose_answer_is_lost_is_asked_for(proxy: FaultProxy, admin: Admin) -> None:
+    admin.execute("create table t (i int)")
+    called: list[str] = []
+    wrapper = connect(proxy.dsn)
+    with wrapper.cursor() as cur:
+        cur.execute("select 1")
+    with transaction.atomic():
+        insert(0)  # the server's history is known
+    lost = proxy.inject(Cut("rst"), command_complete("COMMIT"), times=1)
+    with transaction.atomic():
+        insert(1)
+        transaction.on_commit(partial(called.append, "a"))
+    assert lost.hits == 1
+    assert called == ["a"]
+    with transaction.atomic():  # on a new connection
+        insert(2)
+    assert ids(admin) == [0, 1, 2]
+    wrapper.close()
 
 
 # Torn

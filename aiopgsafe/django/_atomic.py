@@ -155,11 +155,15 @@ class Leaving(Section):
             return left and isinstance(self.raised, Error)
         if wrapper.in_atomic_block:
             return False
-        if wrapper.connection is None:
-            return True
-        called = not (self._committed and self.hooks is None and wrapper.run_on_commit)
-        on = wrapper.autocommit and wrapper.connection.autocommit
-        return bool(on and called and not wrapper.run_commit_hooks_on_set_autocommit_on)
+        if self._committed and not self._called:
+            return False
+        on = wrapper.connection is None or (wrapper.autocommit and wrapper.connection.autocommit)
+        return bool(on and not wrapper.run_commit_hooks_on_set_autocommit_on)
+
+    @property
+    def _called(self) -> bool:
+        """Whether the callbacks have been, if there are any."""
+        return not self._wrapper.run_on_commit if self.hooks is None else self.hooks.over
 
     def _mend(self) -> None:
         wrapper = self._wrapper
@@ -188,6 +192,8 @@ class Leaving(Section):
             wrapper.set_autocommit(True)
         except Error:
             wrapper.close()
+        if self._committed and not self._called:  # the database can't be reached any more
+            wrapper.run_and_clear_commit_hooks()
 
     def _mend_inner(self) -> None:
         wrapper = self._wrapper

@@ -43,6 +43,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
     """
 
     Database = DRIVER
+    connection: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +63,13 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             given = {} if options["pool"] is True else options["pool"]
             options["pool"] = {"connection_class": Connection, **given}
         return super().pool
+
+    def _commit(self) -> None:
+        super()._commit()
+        if self.connection is not None and self.connection.closed:
+            # Lost, and the server was asked: it is committed. Django connects again.
+            self._close()
+            self.connection = None
 
     def commit(self) -> None:
         """Commit. What has been committed is known to be, whatever interrupts."""
