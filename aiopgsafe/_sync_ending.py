@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from math import inf
 from operator import call
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,8 @@ __all__ = ["Ending"]
 logger = logging.getLogger("aiopgsafe")
 
 OK = pq.ConnStatus.OK
-IN_FLIGHT = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
+IN_FLIGHT = pq.TransactionStatus.ACTIVE
 OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 
@@ -192,16 +193,20 @@ class Ending(Section):
     # The lock
 
     def _lock(self) -> None:
-        if not self._locked:
-            acquire = partial(self._conn.lock.acquire, True, self._conn.commit_timeout)
+        """Another thread may have it for as long as its statement takes, as with psycopg."""
+        conn = self._conn
+        acquire = partial(conn.lock.acquire, True, SLICE)
+        until = monotonic() + conn.commit_timeout
+        while not any(self._locked):
+            working = conn.pgconn.transaction_status == IN_FLIGHT and self.shield.until == inf
+            if monotonic() > min(until, self.shield.until) and not working:
+                conn._drop("the connection was busy when its transaction had to end")
+                return
             self._locked.extend(map(call, (acquire,)))
-        if not self._locked[0]:
-            self._conn._drop("the connection was busy when its transaction had to end")
 
     def _unlock(self) -> None:
-        if self._locked:
-            release = self._conn.lock.release if self._locked[0] else bool
-            deque(map(call, (self._locked.pop, release)), 0)
+        if any(self._locked):
+            deque(map(call, (self._locked.clear, self._conn.lock.release)), 0)
 
     # What the server decides
 
@@ -269,8 +274,7 @@ class Ending(Section):
 
     def _roll_back(self) -> None:
         conn = self._conn
-        if conn._begin_waits is not None:  # nothing was executed
-            conn._forget_queue()
+        conn._forget_queue()  # BEGIN, if nothing was executed; RELEASE, which it makes superfluous
         if self._rolling is None:
             conn._come_to_rest()
             self._rolling = Exchange(conn, b"ROLLBACK")
@@ -280,7 +284,7 @@ class Ending(Section):
                 conn._drop(f"no answer to ROLLBACK: {self._rolling.loss!r}")
             elif conn._in_transaction:
                 conn._drop("its ROLLBACK failed")
-            conn._prepared.clear()  # they may refer to what is gone
+            conn._forget_prepared()
         self._settle(ROLLED_BACK)
 
     # Callbacks

@@ -13,8 +13,9 @@ from psycopg.rows import Row
 
 from ._base_block import STATUS, BaseBlock
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
+from ._shield import GATE, Shield
 from ._sync_ending import Ending
-from ._sync_section import see_through
+from ._sync_section import NO_LOOP, see_through
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -32,6 +33,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
 
     __module__ = "aiopgsafe"
 
+    _undone = False  # on the server; of a savepoint
+
     @property
     def connection(self) -> psycopg.Connection[Any]:
         """The connection that the block runs on."""
@@ -41,14 +44,29 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
 
     def __enter__(self) -> Self:
         session: Any = self._session
-        with session.lock:
-            if self._unit.state is not PENDING:
-                raise TypeError("transaction blocks can be used only once")
-            if self.pgconn.status == OK and not self.pgconn.pipeline_status and self._can_wait():
-                self._enter()
+        if self._unit.state is not PENDING or self._entered:
+            raise TypeError("transaction blocks can be used only once")
+        try:
+            with session.lock:
+                if self.pgconn.status == OK and self._can_wait():
+                    self._enter()
+                else:
+                    self._enter_now()
+            return self
+        except BaseException:
+            self._enter_torn()
+            raise
+
+    def _enter_torn(self) -> None:
+        """Nobody will leave it."""
+        session = self._session
+        if self in session._blocks:
+            if self._is_savepoint:
+                self._undo_now()
             else:
-                self._enter_now()
-        return self
+                session._forget_queue()
+            self._leave()
+            self._end_as(ROLLED_BACK, self.Status.FAILED)
 
     def _enter_now(self) -> None:
         session: Any = self._session
@@ -124,8 +142,9 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
             return
         if self._is_savepoint:
             self._undo_now()
-            self._leave()
             self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
+            self._call_back_undone()
+            self._leave()
         else:
             self._roll_back(None)
 
@@ -199,9 +218,9 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
             self._mark(raised, lost)
             raise
         finally:
+            self._call_back_undone()
             self._leave()
             self._mark(exc, lost)
-        self._call_back_undone()
         return swallowed
 
     def _release(self) -> None:
@@ -209,19 +228,31 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         if session.closed or self._unit.state is not ACTIVE:
             raise psycopg.OperationalError("the transaction around the block has ended before it")
         release = self._sql("RELEASE")
-        with session.lock:
-            if not self.pgconn.pipeline_status and self._can_wait() and not session._by_hand:
-                if session._waits(self._savepoint):
-                    session._drop_from(self._savepoint)  # nothing was executed inside it
-                else:
-                    session._queue.append(release)
+        if self._can_wait() and not session._by_hand:
+            if session._waits(self._savepoint):
+                session._drop_from(self._savepoint)  # nothing was executed inside it
             else:
+                session._queue.append(release)
+        else:
+            with session.lock:
                 session._queue.append(release)
                 session._wait(session._flush_gen())
         self._become_part()
 
     def _undo_now(self) -> None:
-        """Undo on the server, or let the connection go: either way nothing stays."""
+        """Undo on the server, or let the connection go: nothing stays. Signals wait for it."""
+        shield = Shield(NO_LOOP)
+        GATE.enter(shield, at_once=True)
+        try:
+            if not self._undone:
+                self._undo_on_server()
+                self._undone = True
+        finally:
+            signalled = GATE.leave(shield)
+        if signalled is not None:
+            raise signalled
+
+    def _undo_on_server(self) -> None:
         session: Any = self._session
         if self._is_savepoint and session._waits(self._savepoint):
             session._drop_from(self._savepoint)
@@ -233,7 +264,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
             try:
                 session._come_to_rest()
                 session._wait(session._commands_gen([*before, *self._undo()]))
-                session._prepared.clear()
+                session._forget_prepared()
             except psycopg.Error as exc:
                 session._drop(f"its rollback failed: {exc}")
 

@@ -115,8 +115,12 @@ class Unit:
         :param savepoint: one that was rolled back: only its own; None: all, by
             what became of the transaction.
         """
-        taken, self.callbacks = self.callbacks, []
+        # Sync code may be torn here: `callbacks` is as it was, or as it is to be.
+        taken = self.callbacks
         if savepoint is None:
-            return [cb for cb in taken if cb.when is self.state]
+            run = [cb for cb in taken if cb.when is self.state]
+            self.callbacks = []
+            return run
+        run = [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
         self.callbacks = [cb for cb in taken if cb.owner is not savepoint]
-        return [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
+        return run

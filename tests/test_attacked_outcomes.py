@@ -487,6 +487,19 @@ async def test_what_rides_behind_a_stream_has_results_of_its_own(s: Scene) -> No
     s.note(await s.elsewhere("select count(*) from t"))
 
 
+@compared
+async def test_a_stream_may_be_the_first_statement_of_a_connection(s: Scene) -> None:
+    """Its BEGIN asks for the server's history, in a pipeline, before it."""
+    await table(s)
+    await s.conn.commit()
+    async with s.another() as conn:
+        s.note([row async for row in conn.cursor().stream(STREAMS[0].encode())])
+        cur = await conn.execute("insert into t values (1) returning id")
+        s.note(await cur.fetchall())
+        await conn.commit()
+    s.note(await s.elsewhere("select count(*) from t"))
+
+
 async def test_a_stream_that_writes_leaves_the_outcome_to_be_asked_for(
     auto: Conn, proxy: FaultProxy, admin: Admin
 ) -> None:

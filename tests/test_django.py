@@ -160,6 +160,26 @@ def test_callbacks_may_begin_transactions(wrapper: Any, admin: Admin) -> None:
     assert ids(admin) == [1, 2]
 
 
+def test_a_callback_may_manage_a_transaction_by_hand(wrapper: Any, admin: Admin) -> None:
+    called: list[str] = []
+
+    def work() -> None:
+        transaction.set_autocommit(False)
+        with transaction.atomic():
+            insert(2)
+            transaction.on_commit(partial(called.append, "inner"))
+        transaction.commit()
+        transaction.set_autocommit(True)
+        called.append("end")
+
+    with transaction.atomic():
+        insert(1)
+        transaction.on_commit(work)
+        transaction.on_commit(partial(called.append, "second"))
+    assert called == ["inner", "end", "second"]
+    assert ids(admin) == [1, 2]
+
+
 def test_durable_and_savepoint_and_decorators(wrapper: Any, admin: Admin) -> None:
     @transaction.atomic(durable=True)  # type: ignore[untyped-decorator]
     def work() -> None:
@@ -365,6 +385,8 @@ def start_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     TEARS.clear()
 
 
+# What is raised while a generator is finalised Python ignores, and pytest tells.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("again", [None, 1, 20])
 @pytest.mark.parametrize("exc", [Stop, TimeLimit])
 @pytest.mark.parametrize("way", ["signal", "exception"])

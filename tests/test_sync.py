@@ -23,7 +23,7 @@ from aiopgsafe import (
     safe_to_retry,
 )
 from aiopgsafe._tools.tokens import CREATE
-from aiopgsafe.testing import Cut, Delay, FaultProxy, Freeze, command_complete
+from aiopgsafe.testing import Cut, Delay, FaultProxy, Freeze, Message, command_complete
 from tests.tearing import Stop, handling
 
 Admin = psycopg.Connection[Any]
@@ -326,3 +326,108 @@ def test_threads_take_turns(conn: Connection[Any], admin: Admin) -> None:
         thread.join()
     assert errors == []
     assert len(ids(admin)) == 200
+
+
+# What an adversary found
+
+
+def test_blocks_in_a_pipeline_are_psycopgs(conn: Connection[Any], admin: Admin) -> None:
+    for outer in (True, False):
+        with conn.transaction(force_rollback=outer), conn.pipeline():
+            with pytest.raises(KeyError), conn.transaction():
+                conn.execute("insert into t values (1)")
+                raise KeyError
+            with conn.transaction():
+                conn.execute("insert into t values (2)")
+    assert ids(admin) == [2]
+    with conn.pipeline():
+        with pytest.raises(KeyError), conn.transaction():
+            conn.execute("insert into t values (3)")
+            raise KeyError
+        with conn.transaction():
+            conn.execute("insert into t values (4)")
+    assert ids(admin) == [2, 4]
+    with conn.transaction(), conn.pipeline(), conn.transaction(force_rollback=True):
+        conn.execute("insert into t values (5)")
+    assert ids(admin) == [2, 4]
+
+
+def test_a_rollback_leaves_no_release_behind(conn: Connection[Any], admin: Admin) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), conn.transaction():
+            with conn.transaction():
+                conn.execute("insert into t values (1)")
+            raise KeyError
+        conn.execute("insert into t values (2)")
+        with conn.transaction():
+            conn.execute("insert into t values (3)")
+        conn.rollback()
+    conn.execute("insert into t values (4)")
+    conn.commit()
+    assert ids(admin) == [4]
+
+
+def test_executemany_after_a_rollback_finds_its_statements(
+    conn: Connection[Any], admin: Admin
+) -> None:
+    cur = conn.cursor()
+    with pytest.raises(psycopg.Error), conn.transaction():
+        cur.executemany("insert into t values (%s)", [(1,), (1,)])
+        cur.execute("set constraints all immediate")
+    cur.executemany("insert into t values (%s)", [(1,), (2,)])
+    cur.executemany("insert into t values (%s)", [(3,), (4,)])
+    conn.commit()
+    assert ids(admin) == [1, 2, 3, 4]
+
+
+def test_what_was_never_sent_has_begun_nothing(conn: Connection[Any]) -> None:
+    with pytest.raises(psycopg.ProgrammingError, match="adapt"):
+        conn.execute("select %s", [object()])
+    conn.autocommit = True
+    assert conn.execute("select 1").fetchone() == (1,)
+
+
+def test_a_commit_waits_for_another_threads_statement(
+    conn: Connection[Any], proxy: FaultProxy
+) -> None:
+    conn.commit_timeout = 0.2
+    began = threading.Event()
+
+    def work() -> None:
+        began.set()
+        conn.execute("select pg_sleep(1)")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    began.wait()
+    while conn.pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
+        sleep(0.001)
+    conn.commit()
+    thread.join()
+    assert not conn.closed
+
+
+def test_a_savepoint_whose_end_is_interrupted_is_undone_with_its_callbacks(
+    conn: Connection[Any], proxy: FaultProxy, admin: Admin
+) -> None:
+    called: list[str] = []
+    sent: list[int] = []
+
+    def interrupt(message: Message) -> bool:
+        if message.payload.startswith(b"ROLLBACK TO") and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    proxy.inject(Delay(0.0), interrupt, direction="frontend")
+    with handling(Stop), conn.transaction() as tx:
+        tx.execute("insert into t values (1)")
+        tx.on_commit(called.append, "outer")
+        with pytest.raises((Stop, KeyError)), conn.transaction() as inner:
+            inner.execute("insert into t values (2)")
+            inner.on_commit(called.append, "never")
+            inner.on_rollback(called.append, "undone")
+            raise KeyError
+        tx.execute("insert into t values (3)")
+    assert called == ["undone", "outer"]
+    assert ids(admin) == [1, 3]

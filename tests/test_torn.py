@@ -17,6 +17,9 @@ from tests.tearing import WAYS, Stop, Tear, TimeLimit
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
 
+# What is raised while a generator is finalised Python ignores, and pytest tells.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 DOOR = 3
 """Bytecodes of `__exit__()` before its ``try``: RESUME, where Python looks for signals, and NOPs.
 

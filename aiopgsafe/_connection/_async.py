@@ -232,16 +232,19 @@ class AsyncConnection(Endings[Row]):
         found = traits_of(gen)
         if found & NOTED:
             self._note(found)
-        if found & STREAMS:
-            self._streamed = True
-        if not found & ENDS:
+        if not found & (ENDS | STREAMS):
             return await self._drive(gen, timeout)
         try:
             result = await self._drive(gen, timeout)
         except BaseException as exc:
-            self._ended_by_statement(exc)
+            if found & ENDS:
+                self._ended_by_statement(exc)
             raise
-        self._ended_by_statement(None)
+        finally:
+            if found & STREAMS:  # BEGIN may have gone before it, and knows of those before that
+                self._streamed = True
+        if found & ENDS:
+            self._ended_by_statement(None)
         return result
 
     def _expect_notifies(self) -> None:

@@ -71,7 +71,7 @@ class EndingGenerators(Riding[Row]):
         """
         if self._blocks and self._unbegun:
             raise not_begun()
-        if self._prepared._to_flush and not self._pipeline and not self._failed:
+        if self._prepared._to_flush and not self._failed:
             # psycopg does it behind the statement: what that prepares would be gone, and
             # psycopg believe that it is there.
             yield from self._prepared.maintain_gen(self)

@@ -147,16 +147,19 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         found = traits_of(gen)
         if found & NOTED:
             self._note(found)
-        if found & STREAMS:
-            self._streamed = True
-        if not found & ENDS:
+        if not found & (ENDS | STREAMS):
             return self._wait(gen, interval, timeout)
         try:
             result = self._wait(gen, interval, timeout)
         except BaseException as exc:
-            self._ended_by_statement(exc)
+            if found & ENDS:
+                self._ended_by_statement(exc)
             raise
-        self._ended_by_statement(None)
+        finally:
+            if found & STREAMS:  # BEGIN may have gone before it, and knows of those before that
+                self._streamed = True
+        if found & ENDS:
+            self._ended_by_statement(None)
         return result
 
     def _wait(self, gen: PQGen[RV], interval: float = INTERVAL, timeout: float | None = None) -> RV:
@@ -224,6 +227,14 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
 
     # Ending transactions
 
+    def _forget_prepared(self) -> None:
+        """After a rollback: prepared statements may refer to what is gone."""
+        if self._prepared.clear() and self.pgconn.status == OK:
+            try:
+                self._wait(self._prepared.maintain_gen(self))
+            except psycopg.Error as exc:
+                logger.warning("error ignored after the rollback of %s: %s", self, exc)
+
     def _before_commit(self, unit: Unit, of_block: bool) -> list[bytes]:
         """What COMMIT is sent by; nothing if nothing was executed."""
         try:
@@ -269,8 +280,6 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             super().rollback()  # which refuses; or, in a pipeline, can't be torn so exactly
             return
         unit = self._begin_unit()
-        if self._begin_waits is not None:
-            self._forget_queue()
         ending = Ending(self, unit, commit=False, undo=True)
         ending.finish(see_through(ending))
 
@@ -286,8 +295,15 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
     ) -> SyncTransaction[Row]:
         """A transaction block, or a savepoint inside one: ``with conn.transaction() as tx``.
 
-        Parameters and errors as of `AsyncConnection.transaction()`.
+        Parameters and errors as of `AsyncConnection.transaction()`. In a pipeline it is
+        psycopg's own: a `psycopg.Transaction`, without callbacks and without our promises.
         """
+        if self._pipeline is not None:
+            if self._queued:  # psycopg's must see that there is a transaction
+                with self.lock:
+                    self._wait(self._flush_gen())
+            theirs = super().transaction(savepoint_name, force_rollback)
+            return cast("SyncTransaction[Row]", theirs)
         begin = begin_as(self, isolation_level, read_only, deferrable)
         return SyncTransaction(
             *(self, savepoint_name, force_rollback), begin=begin, commit_token=commit_token

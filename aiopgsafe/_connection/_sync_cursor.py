@@ -49,6 +49,10 @@ class SyncRider(RidingCursor[Row]):
             except BaseException as exc:
                 if self._traits & ENDS:
                     conn._ended_by_statement(exc)
+                if conn._begin_waits is not None and not conn._blocks:
+                    # Parameters that can't be adapted: nothing was sent, nothing has begun.
+                    conn._forget_queue()
+                    conn._unit = None
                 if isinstance(exc, errors._NO_TRACEBACK):
                     raise exc.with_traceback(None)  # noqa: B904
                 raise

@@ -42,10 +42,18 @@ class Hooks(Section):
         self._robust = [robust for _, _, robust in hooks]
         self._calls = Calls(self._fns)
         self._taken = False
+        self.running = False
         self.raised: BaseException | None = None
         """What a callback raised."""
 
     def _step(self) -> None:
+        self.running = True
+        try:
+            self._run()
+        finally:
+            self.running = False
+
+    def _run(self) -> None:
         if not self._taken:
             self._wrapper.run_on_commit = []
             self._taken = True

@@ -87,9 +87,10 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         self.validate_no_atomic_block()
         leaving = self._leaving[-1] if self._leaving else None
         hooks = leaving.hooks if leaving is not None else None
-        if hooks is None:
+        if hooks is None or hooks.running:  # in a callback: of a transaction managed by hand
+            nested = hooks is not None
             hooks = Hooks(self, self.run_on_commit)
-            if leaving is not None:
+            if leaving is not None and not nested:
                 leaving.hooks = hooks
         if hooks.over:
             return
