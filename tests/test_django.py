@@ -401,7 +401,7 @@ def test_nothing_tears_the_end_of_a_block(
     long: bool,
 ) -> None:
     admin.execute("create table t (i int)")
-    step = 1 if long or (again is None and exc is TimeLimit) else 29
+    step = 1 if long else 7 if again is None and exc is TimeLimit else 61
     tried, committed, found, at_the_door = sweep(dsn, admin, OURS, way, exc, again, step)
     figures(tried=tried, committed=committed, faults=len(found), at_the_door=at_the_door)
     assert found == []

@@ -167,7 +167,7 @@ async def test_a_cancellation_tells_what_became_of_the_commit(
     figures: Figures,
     long: bool,
 ) -> None:
-    cancels = 300 if long else 20
+    cancels = 300 if long else 10
     known, held_back = await cancel_at_random(engine, proxy, work, kind, cancels)
     there = ids(admin)
     figures(cancels=cancels, committed=len(there), held_back=held_back, lies=len(there ^ known))
@@ -186,7 +186,7 @@ async def test_without_ours_it_lies(
     engine: AsyncEngine, proxy: FaultProxy, admin: Admin, figures: Figures, long: bool
 ) -> None:
     """Else the test above would show nothing."""
-    cancels = 300 if long else 20
+    cancels = 300 if long else 10
     known, held_back = await cancel_at_random(engine, proxy, by_commit, "cancel", cancels)
     figures(cancels=cancels, committed=len(ids(admin)), lies=len(ids(admin) - known))
     assert held_back == 0
