@@ -19,6 +19,7 @@ from aiopgsafe import TransactionState, __main__
 from aiopgsafe._demo.bank import Transfer, plan
 from aiopgsafe._demo.clients import Note
 from aiopgsafe._demo.figures import MUST_BE_ZERO, Figures
+from aiopgsafe._demo.logs import CountWarnings
 from aiopgsafe.testing import TemporaryServer
 
 COMMAND = [sys.executable, "-m", "aiopgsafe", "demo"]
@@ -77,6 +78,7 @@ def test_our_clients_know_the_truth_and_the_peers_do_not(loop: str, tmp_path: Pa
     assert report["faults"] == []
     assert report["seed"] == 7
     assert {name: ours[name] for name in MUST_BE_ZERO if ours[name]} == {}
+    assert [text for text in ours["log"] if text.startswith("finaliser")] == []
     assert ours["loop"] == loop
     assert peer["loop"] == ("asyncio" if loop == "trio" else loop)
     for side in (ours, peer):
@@ -147,6 +149,28 @@ def test_what_cannot_be_done_is_said_at_once(options: list[str], complaint: str)
     assert complaint in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_what_finalisers_complain_about_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def query() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise ValueError("already executing")
+
+    class Abandoned:
+        def __init__(self) -> None:
+            self.cycle = self
+            self.query = query()
+            next(self.query)
+
+    hook = sys.unraisablehook
+    with CountWarnings() as log:
+        Abandoned()
+    assert sum(log.counts.values()) == 1
+    assert "query: ValueError('already executing')" in next(iter(log.counts))
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
 
 
 def test_without_typer_or_rich_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
