@@ -262,7 +262,7 @@ class Section:
                 self.shield.hold_back(exc)
         for callback in self.callbacks:
             try:
-                await self.shield.call(callback.fn, timeout)
+                await self.shield.call(self._backend, callback.fn, timeout)
             except GeneratorExit:  # the coroutine is destroyed, its loop is gone
                 raise
             except BaseException as error:

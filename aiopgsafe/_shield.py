@@ -37,7 +37,7 @@ import anyio
 
 from ._calls import CALL, Call, running_call
 
-__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "unhooked"]
+__all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "Waiting", "unhooked"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -87,8 +87,8 @@ class Job(Protocol[T_co]):
         """Whether `exc` is what the job itself ended with: no interruption of who waits."""
 
 
-class EventLoop(Protocol):
-    """What a shield needs of the running event loop (see `_backends`)."""
+class Waiting(Protocol):
+    """What a shield needs of how its section waits: in an event loop, or in none."""
 
     @property
     def running(self) -> bool:
@@ -101,27 +101,31 @@ class EventLoop(Protocol):
     def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the loop; may be called from a signal handler."""
 
+    def when_reset(self, handler: Handler, call: Callable[[], object]) -> bool:
+        """If `handler` is a SIGINT handler of the loop's own, `call` just before it resets it."""
+
+
+class EventLoop(Waiting, Protocol):
+    """What a section needs of the running event loop (see `_backends`)."""
+
     def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
         """Run `fn` where neither the caller's cancellation nor the loop's teardown reaches it.
 
         At its limit it is cancelled.
         """
 
-    def when_reset(self, handler: Handler, call: Callable[[], object]) -> bool:
-        """If `handler` is a SIGINT handler of the loop's own, `call` just before it resets it."""
-
 
 class Shield:
     """Waits for jobs whatever interrupts, and knows what is to be let through afterwards.
 
-    :param loop: the running event loop.
+    :param loop: the running event loop, or what stands for it in sync code.
     :param grace: seconds that remain once something has been held back; None:
         each job's own limit is all there is.
     """
 
     __slots__ = ("_grace", "_job", "_until", "held", "insisted", "loop")
 
-    def __init__(self, loop: EventLoop, *, grace: float | None = None) -> None:
+    def __init__(self, loop: Waiting, *, grace: float | None = None) -> None:
         self.held: BaseException | None = None
         """The first interruption that was held back. Whoever ends the section raises it."""
         self.insisted = False
@@ -184,7 +188,7 @@ class Shield:
         if self._job is not None:  # one that has ended doesn't mind
             self._job.limit(self._until)
 
-    async def call(self, fn: Callable[[], object], timeout: float) -> None:
+    async def call(self, loop: EventLoop, fn: Callable[[], object], timeout: float) -> None:
         """Call `fn` and, if it returns an awaitable, see that through, `timeout` seconds at most.
 
         Raises what `fn` raises; TimeoutError if it had to be cancelled.
@@ -199,7 +203,7 @@ class Shield:
         call = Call()
         token = CALL.set(call)
         try:
-            job = self.loop.spawn(see_through)
+            job = loop.spawn(see_through)
             job.limit(monotonic() + timeout)
             await self.hold(job)
         except Expired:
@@ -294,7 +298,7 @@ class SignalGate:
         shields.add(shield)
         return True
 
-    def _look_at(self, handlers: list[Any], loop: EventLoop) -> None:
+    def _look_at(self, handlers: list[Any], loop: Waiting) -> None:
         """The program has changed its handlers since the last section: which are Python's?
 
         The one that `asyncio.run` sets is seen by nobody but it. Its hook stays in

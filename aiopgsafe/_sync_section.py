@@ -13,6 +13,7 @@ Who tears, and who wins: `tests/test_torn.py` raises at every bytecode.
 from __future__ import annotations
 
 from _thread import allocate_lock
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
@@ -23,7 +24,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from ._shield import GATE, Expired, Job, Shield
+from ._shield import GATE, Expired, Shield
 
 __all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "see_through"]
 
@@ -72,9 +73,6 @@ class NoLoop:
     def run_sync_soon(self, fn: Callable[..., object], *args: Any) -> None:
         fn(*args)
 
-    def spawn(self, fn: Callable[[], Awaitable[T]]) -> Job[T]:
-        raise NotImplementedError("sync code calls its callbacks itself")
-
     def when_reset(self, handler: object, call: Callable[[], object]) -> bool:
         return False
 
@@ -82,7 +80,7 @@ class NoLoop:
 NO_LOOP = NoLoop()
 
 
-class Section:
+class Section(ABC):
     """What may be torn anywhere and is called again; signals are deferred meanwhile.
 
     A subclass has `_step()`, which goes on from wherever it was torn.
@@ -106,9 +104,10 @@ class Section:
         """Whether all of it is done."""
         return self._over
 
-    def _step(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _step(self) -> None: ...
 
+    @abstractmethod
     def torn(self, exc: BaseException) -> None:
         """`exc` came out of `go_on()`: it will be called again."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import pq
-from psycopg.rows import Row
+from psycopg.rows import Row, RowFactory
 
 from ._base_block import STATUS, BaseBlock
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from psycopg.abc import Params, Query
 
 __all__ = ["SyncTransaction"]
+
+CursorRow = TypeVar("CursorRow")
 
 OK = pq.ConnStatus.OK
 
@@ -97,6 +99,32 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         self._check_active("execute()")
         cur = cast("psycopg.Cursor[Row]", self.connection.cursor())
         return cur.execute(query, params, prepare=prepare, binary=binary)  # type: ignore[arg-type,misc]
+
+    @overload
+    def cursor(self, *, binary: bool = False) -> psycopg.Cursor[Row]: ...
+    @overload
+    def cursor(
+        self, *, binary: bool = False, row_factory: RowFactory[CursorRow]
+    ) -> psycopg.Cursor[CursorRow]: ...
+    @overload
+    def cursor(
+        self,
+        name: str,
+        *,
+        binary: bool = False,
+        scrollable: bool | None = None,
+        withhold: bool = False,
+    ) -> psycopg.ServerCursor[Row]: ...
+    @overload
+    def cursor(
+        self,
+        name: str,
+        *,
+        binary: bool = False,
+        row_factory: RowFactory[CursorRow],
+        scrollable: bool | None = None,
+        withhold: bool = False,
+    ) -> psycopg.ServerCursor[CursorRow]: ...
 
     def cursor(self, name: str = "", **kwargs: Any) -> Any:
         """A cursor for statements of the transaction, as `Connection.cursor()` makes it.

@@ -21,6 +21,18 @@ class TimeLimit(Exception):
     """As Celery's SoftTimeLimitExceeded, dramatiq's TimeLimitExceeded."""
 
 
+def lies(there: bool, called: list[str], raised: BaseException | None) -> list[str]:
+    """What the program was told wrongly: whether the row is `there`, and its callbacks "a", "b"."""
+    found = []
+    if there and called != ["a", "b"]:
+        found.append(f"committed, and called {called}")
+    if not there and called:
+        found.append("not committed, and called")
+    if not there and raised is None:
+        found.append("not committed, and nobody told")
+    return found
+
+
 class Tear:
     """Something happens at the bytecode number `at`, and once more `again` bytecodes later.
 

@@ -27,7 +27,7 @@ from django.db.utils import ConnectionHandler
 from aiopgsafe._sync_section import Section
 from aiopgsafe.testing import Cut, Delay, FaultProxy, command_complete
 from tests.conftest import Figures
-from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling
+from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling, lies
 
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
@@ -290,13 +290,7 @@ class Trial:
         """What must not be."""
         wrapper = connections["default"]
         there = ids(self.admin) == [1]
-        faults = []
-        if there and self.called != ["a", "b"]:
-            faults.append(f"committed, and called {self.called}")
-        if not there and self.called:
-            faults.append("not committed, and called")
-        if not there and self.raised is None:
-            faults.append("not committed, and nobody told")
+        faults = lies(there, self.called, self.raised)
         if self.raised is not None and not isinstance(self.raised, exc):
             faults.append(f"raised {self.raised!r}")
         if wrapper.in_atomic_block or wrapper.atomic_blocks or wrapper.savepoint_ids:

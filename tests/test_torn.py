@@ -12,7 +12,7 @@ import pytest
 from aiopgsafe import Connection, TransactionState
 from aiopgsafe._sync_ending import Ending
 from tests.conftest import Figures
-from tests.tearing import WAYS, Stop, Tear, TimeLimit
+from tests.tearing import WAYS, Stop, Tear, TimeLimit, lies
 
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
@@ -50,13 +50,7 @@ class Trial:
         """What must not be."""
         conn = self.conn
         there = self.admin.execute("select count(*) from t").fetchone() == (1,)
-        faults = []
-        if there and self.called != ["a", "b"]:
-            faults.append(f"committed, and called {self.called}")
-        if not there and self.called:
-            faults.append("not committed, and called")
-        if not there and self.raised is None:
-            faults.append("not committed, and nobody told")
+        faults = lies(there, self.called, self.raised)
         if self.raised is not None and not isinstance(self.raised, (exc, KeyError)):
             faults.append(f"raised {self.raised!r}")
         notes = getattr(self.raised, "__notes__", ())

@@ -66,7 +66,7 @@ async def _clean(
             conn._drop("no answer to UNLISTEN")
         conn._forget_listening()
     if reset is not None and not conn.closed:
-        await shield.call(partial(reset, conn), conn.commit_timeout)
+        await shield.call(session._backend, partial(reset, conn), conn.commit_timeout)
         if not conn.closed:
             check_idle(conn, "reset", reset)
 

@@ -53,6 +53,9 @@ class Hooks(Section):
         finally:
             self.running = False
 
+    def torn(self, exc: BaseException) -> None:
+        """What is to be known then is noted where a callback raises."""
+
     def _run(self) -> None:
         if not self._taken:
             self._wrapper.run_on_commit = []
