@@ -11,7 +11,7 @@ from psycopg import pq, sql
 from psycopg.rows import Row
 from psycopg.transaction import BaseTransaction, OutOfOrderTransactionNesting
 
-from ._errors import mark_retry, may_be_loss_of
+from ._errors import ConnectionReleased, mark_retry, may_be_loss_of
 from ._outcome import (
     ACTIVE,
     COMMITTED,
@@ -223,6 +223,15 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
             lost and isinstance(exc, psycopg.OperationalError) and may_be_loss_of(exc, self.pgconn)
         ):
             mark_retry(exc, safe=True)
+
+    def _is_anothers(self, exc: BaseException | None) -> bool:
+        """Whether the connection was given back inside the block, which `exc` goes through.
+
+        Raises `ConnectionReleased` if none does.
+        """
+        if self._left and exc is None:
+            raise ConnectionReleased("the connection was given back inside the block")
+        return self._left
 
     def _leave(self) -> None:
         """The connection is in this block no more: from here on it may be another's."""

@@ -156,6 +156,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     ) -> bool:
         try:
             try:
+                if self._is_anothers(exc):
+                    return False
                 return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
             except BaseException:
                 self._exit_torn()

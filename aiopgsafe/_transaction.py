@@ -153,6 +153,8 @@ class Transaction(BaseBlock[Row], psycopg.AsyncTransaction):
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> bool:
+        if self._is_anothers(exc):
+            return False
         if exc is not None or (self.force_rollback and not self.pgconn.pipeline_status):
             swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
             lost = self._session.closed

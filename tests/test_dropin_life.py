@@ -256,6 +256,31 @@ async def test_psycopgs_pool_hands_out_our_connections(dsn: str) -> None:
     assert len(served) <= 3
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
+async def test_a_block_that_nobody_leaves_is_no_concern_of_the_next_holder(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with psycopg_pool.AsyncConnectionPool(
+        dsn, connection_class=AsyncConnection[Any], min_size=1, open=False
+    ) as pool:
+        conn = await pool.getconn()
+        tx = conn.transaction()
+        await tx.__aenter__()  # BEGIN waits: to the pool the connection looks idle
+        await pool.putconn(conn)
+        assert "given back inside a transaction block" in caplog.text
+        assert tx.state is aiopgsafe.TransactionState.ROLLED_BACK
+        async with pool.connection() as conn:
+            await conn.execute("create table t (i int)")
+            assert conn.info.transaction_status == TransactionStatus.INTRANS
+            with pytest.raises(aiopgsafe.ConnectionReleased):
+                await tx.__aexit__(None, None, None)
+            assert not await tx.__aexit__(KeyError, KeyError(), None)
+            assert conn.info.transaction_status == TransactionStatus.INTRANS
+        async with pool.connection() as conn:
+            await conn.execute("insert into t values (1)")
+
+
 # Resets
 
 

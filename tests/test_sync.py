@@ -10,6 +10,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import psycopg
+import psycopg_pool
 import pytest
 from psycopg import IsolationLevel, pq
 from psycopg.rows import dict_row
@@ -18,6 +19,7 @@ from aiopgsafe import (
     CommitRolledBack,
     CommitUnknown,
     Connection,
+    ConnectionReleased,
     Rollback,
     TransactionState,
     safe_to_retry,
@@ -431,3 +433,24 @@ def test_a_savepoint_whose_end_is_interrupted_is_undone_with_its_callbacks(
         tx.execute("insert into t values (3)")
     assert called == ["undone", "outer"]
     assert ids(admin) == [1, 3]
+
+
+def test_a_block_that_nobody_leaves_is_no_concern_of_the_next_holder(
+    conn: Connection[Any], admin: Admin, caplog: pytest.LogCaptureFixture
+) -> None:
+    with psycopg_pool.ConnectionPool(
+        admin.info.dsn, connection_class=Connection[Any], min_size=1, max_size=1
+    ) as pool:
+        given = pool.getconn()
+        tx = given.transaction()
+        tx.__enter__()  # BEGIN waits: to the pool the connection looks idle
+        pool.putconn(given)
+        assert "given back inside a transaction block" in caplog.text
+        assert tx.state is ROLLED_BACK
+        with pool.connection() as given:
+            given.execute("insert into t values (1)")
+            with pytest.raises(ConnectionReleased):
+                tx.__exit__(None, None, None)
+            assert not tx.__exit__(KeyError, KeyError(), None)
+            assert ids(admin) == []
+        assert ids(admin) == [1]

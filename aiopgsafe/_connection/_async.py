@@ -83,7 +83,6 @@ class AsyncConnection(Endings[Row]):
     send_deadline: bool = False
     commit_token: bool = False
 
-    _pool: Any  # of a pool's only: psycopg doesn't warn of those that are left open
     _place: Any
 
     def __init__(

@@ -15,7 +15,8 @@ from psycopg.rows import Row
 from .._errors import CommitRolledBack
 from .._outcome import TransactionState, check_tag, ended_by_statement
 from .._unit import Unit
-from ._riding import POSITION_QUERY, Riding
+from ._held import Blocks
+from ._riding import POSITION_QUERY
 from ._statements import ACCESS, BY_HAND, ENDS, FORGETS, LISTENS
 from ._together import check, collect_gen, leave_pipeline_mode
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
     from .._resolver import Ticket, Token
-    from .._transaction import Transaction
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -39,30 +39,10 @@ INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
 
-class EndingGenerators(Riding[Row]):
+class EndingGenerators(Blocks[Row]):
     """The part of a connection that speaks to the server (see `_session.Session`)."""
 
     commit_token: bool
-
-    # psycopg refuses commit(), set_autocommit() ... inside a block by its count.
-
-    def _push_block(self, tx: Transaction[Any]) -> None:
-        self._blocks.append(tx)
-        self._num_transactions = len(self._blocks)
-
-    def _remove_block(self, tx: Transaction[Any]) -> None:
-        if self._blocks and self._blocks[-1] is tx:
-            self._blocks.pop()
-        elif tx in self._blocks:
-            self._blocks.remove(tx)
-        self._num_transactions = len(self._blocks)
-
-    def _forget_blocks(self) -> None:
-        """For its next holder, between transactions: what the last one never left."""
-        self._blocks.clear()
-        self._forget_queue()
-        self._num_transactions = 0
-        self._tpc = None
 
     def _start_query(self) -> PQGen[None]:
         """psycopg's implicit BEGIN. The unit of a transaction that has ended ends here.
