@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 import psycopg
 from psycopg import pq, sql
@@ -103,6 +103,16 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
     def savepoint_name(self) -> str | None:
         """The name of the savepoint; empty for a block that has none."""
         return self._name
+
+    def _another(self) -> Self:
+        """One like this, which isn't entered: each call of a decorated function has its own."""
+        return type(self)(
+            self._session,
+            self._name or None,
+            self.force_rollback,
+            begin=self._begin,
+            commit_token=self._unit.token is not None,
+        )
 
     # Inside the block
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import pq
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["SyncTransaction"]
 
 CursorRow = TypeVar("CursorRow")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 OK = pq.ConnStatus.OK
 
@@ -41,6 +44,17 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     def connection(self) -> psycopg.Connection[Any]:
         """The connection that the block runs on."""
         return cast("psycopg.Connection[Any]", self._session)
+
+    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+        """Decorate a function: each of its calls runs in a block of its own, as with psycopg's."""
+
+        @wraps(fn)
+        def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self._another():
+                return fn(*args, **kwargs)
+            return cast("T", None)  # a Rollback that the block has swallowed
+
+        return in_block
 
     # Entering
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import pq
@@ -23,6 +25,8 @@ __all__ = ["Transaction"]
 OK = pq.ConnStatus.OK
 
 CursorRow = TypeVar("CursorRow")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Transaction(BaseBlock[Row], psycopg.AsyncTransaction):
@@ -43,6 +47,17 @@ class Transaction(BaseBlock[Row], psycopg.AsyncTransaction):
     def connection(self) -> psycopg.AsyncConnection[Any]:
         """The connection that the block runs on."""
         return cast("psycopg.AsyncConnection[Any]", self._session)
+
+    def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Decorate a function: each of its calls runs in a block of its own, as with psycopg's."""
+
+        @wraps(fn)
+        async def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
+            async with self._another():
+                return await fn(*args, **kwargs)
+            return cast("T", None)  # a Rollback that the block has swallowed
+
+        return in_block
 
     # Entering
 
