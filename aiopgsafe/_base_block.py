@@ -201,12 +201,15 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
             session._unit = None  # of a transaction that ended without our commit()
             if session._queue or session._unbegun:
                 session._forget_queue()
-            session._begin_waits = self._begin or b""
-            session._by_hand = False
         if self._name:
             self._savepoint = self._sql("SAVEPOINT")
-            session._queue.append(self._savepoint)
+        # Before anything waits: torn in between, it is found there (`_enter_torn()`).
         session._push_block(self)
+        if not self._is_savepoint:
+            session._begin_waits = self._begin or b""
+            session._by_hand = False
+        if self._savepoint:
+            session._queue.append(self._savepoint)
         self._entered = True
         self.status = self.Status.ACTIVE
         self._advance(ACTIVE)

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from math import inf
 from operator import call
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,7 @@ class Ending(Section):
     :param on_ended: called when the outcome is known, before the callbacks. May be called again.
 
     :ivar going_through: an exception that goes on by itself.
+    :ivar loss: of the connection, at or before a ROLLBACK: the server has rolled back.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Ending(Section):
     ) -> None:
         super().__init__()
         self.going_through: BaseException | None = None
+        self.loss: Exception | None = None
         self._conn = conn
         self._unit = unit
         self._commit = commit
@@ -154,6 +157,7 @@ class Ending(Section):
         self._error: Exception | None = None
         self._ended = False
         self._locked: list[bool] = []
+        self._unlockable = False
         self._committing: Exchange | None = None
         self._rolling: Exchange | None = None
         self._asked: Thinking[tuple[TransactionState, str]] | None = None
@@ -182,6 +186,8 @@ class Ending(Section):
         :param torn: what `see_through()` returned.
         """
         held = self._came or torn or self.signalled
+        if self.signalled is not None and isinstance(self._came, psycopg.Error):
+            held, self._error = self.signalled, self._came
         errors, outcome = self._callback_errors, self._unit.state
         if held is None and self._error is None and not errors:
             return
@@ -197,9 +203,13 @@ class Ending(Section):
         conn = self._conn
         acquire = partial(conn.lock.acquire, True, SLICE)
         until = monotonic() + conn.commit_timeout
-        while not any(self._locked):
-            working = conn.pgconn.transaction_status == IN_FLIGHT and self.shield.until == inf
-            if monotonic() > min(until, self.shield.until) and not working:
+        while not (self._unlockable or any(self._locked)):
+            working = conn.pgconn.transaction_status == IN_FLIGHT
+            late = monotonic() > min(until, self.shield.until)
+            # In this thread it is a stream() that nobody reads on, nor closes.
+            ours = working and conn._driver == get_ident() and conn.lock.locked()
+            if ours or (late and not (working and self.shield.until == inf)):
+                self._unlockable = True
                 conn._drop("the connection was busy when its transaction had to end")
                 return
             self._locked.extend(map(call, (acquire,)))
@@ -278,9 +288,12 @@ class Ending(Section):
         if self._rolling is None:
             conn._come_to_rest()
             self._rolling = Exchange(conn, b"ROLLBACK")
-        if not conn.closed and (conn._in_transaction or self._rolling.sent):
+        if conn.closed:
+            self.loss = self.loss or psycopg.OperationalError("the connection is closed")
+        elif conn._in_transaction or self._rolling.sent:
             self._rolling.go_on(self.shield)
             if self._rolling.loss is not None:
+                self.loss = self._rolling.loss
                 conn._drop(f"no answer to ROLLBACK: {self._rolling.loss!r}")
             elif conn._in_transaction:
                 conn._drop("its ROLLBACK failed")

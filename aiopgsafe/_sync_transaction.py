@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import psycopg
 from psycopg import pq
@@ -21,7 +21,7 @@ from ._sync_section import NO_LOOP, see_through
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
 
-__all__ = ["SyncTransaction"]
+__all__ = ["Block", "SyncTransaction"]
 
 CursorRow = TypeVar("CursorRow")
 P = ParamSpec("P")
@@ -30,31 +30,69 @@ T = TypeVar("T")
 OK = pq.ConnStatus.OK
 
 
+class Block(Generic[Row]):
+    """What `Connection.transaction()` returns: a context manager, or decorator, of a transaction.
+
+    An exception from nowhere may come at the first bytecode of `__exit__()`, and nobody leaves the
+    block then. But the ``with`` lets go of it, and that ends it: as with psycopg's, a generator.
+    """
+
+    __module__ = "aiopgsafe"
+    __slots__ = ("_tx",)
+
+    def __init__(self, tx: SyncTransaction[Row]) -> None:
+        self._tx = tx
+
+    def __enter__(self) -> SyncTransaction[Row]:
+        try:
+            return self._tx.__enter__()
+        except BaseException:
+            self._tx._abandon()  # it may have been entered already
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool:
+        return self._tx.__exit__(exc_type, exc, tb)
+
+    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+        """Decorate a function: each of its calls runs in a block of its own."""
+
+        @wraps(fn)
+        def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
+            with Block(self._tx._another()):
+                return fn(*args, **kwargs)
+            return cast("T", None)  # a Rollback that the block has swallowed
+
+        return in_block
+
+    def __del__(self) -> None:
+        try:
+            self._tx._abandon()
+        except BaseException:
+            self._tx._abandon()  # that was torn, too
+            raise
+
+
 class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
-    """A transaction block: what `Connection.transaction()` returns. `Transaction`, for ``with``.
+    """A transaction block of `Connection.transaction()`: `Transaction`, for ``with``.
 
     Callbacks are plain functions here.
     """
 
     __module__ = "aiopgsafe"
 
+    _sent = False  # BEGIN or SAVEPOINT was, or is about to be
     _undone = False  # on the server; of a savepoint
+    _releasing = b""  # that may wait already
 
     @property
     def connection(self) -> psycopg.Connection[Any]:
         """The connection that the block runs on."""
         return cast("psycopg.Connection[Any]", self._session)
-
-    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
-        """Decorate a function: each of its calls runs in a block of its own, as with psycopg's."""
-
-        @wraps(fn)
-        def in_block(*args: P.args, **kwargs: P.kwargs) -> T:
-            with self._another():
-                return fn(*args, **kwargs)
-            return cast("T", None)  # a Rollback that the block has swallowed
-
-        return in_block
 
     # Entering
 
@@ -70,22 +108,29 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                     self._enter_now()
             return self
         except BaseException:
-            self._enter_torn()
+            try:
+                self._enter_torn()
+            except BaseException:
+                self._enter_torn()  # that was torn, too
+                raise
             raise
 
     def _enter_torn(self) -> None:
         """Nobody will leave it."""
         session = self._session
         if self in session._blocks:
-            if self._is_savepoint:
+            if self._sent:
                 self._undo_now()
-            else:
+            elif not self._is_savepoint:
                 session._forget_queue()
+            elif session._waits(self._savepoint):
+                session._drop_from(self._savepoint)
             self._leave()
             self._end_as(ROLLED_BACK, self.Status.FAILED)
 
     def _enter_now(self) -> None:
         session: Any = self._session
+        self._sent = True
         try:
             session._wait(self._enter_gen())
         except BaseException as exc:
@@ -180,6 +225,11 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
             self._exit_torn()  # that was torn, too
             raise
 
+    def _abandon(self) -> None:
+        """Nobody will leave it, if it was entered and not left."""
+        if self in self._session._blocks:
+            self._exit_torn()
+
     def _exit_torn(self) -> None:
         """If it was before the end had begun, nothing is left, either."""
         if self._left:
@@ -192,9 +242,19 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         else:
             self._roll_back(None)
 
+    def _leave_inner(self) -> None:
+        """An exception goes through: blocks inside are still there that it kept from being left."""
+        blocks = self._session._blocks
+        while self in blocks and blocks[-1] is not self:
+            inner = blocks[-1]
+            inner._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
+            inner._leave()
+
     def _exit(self, exc: BaseException | None) -> bool:
         session, unit = self._session, self._unit
         swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        if exc is not None:
+            self._leave_inner()
         error = self._nesting_error()
         lost = session.closed
         if exc is not None or self.force_rollback or error is not None or unit.state is not ACTIVE:
@@ -239,6 +299,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     def _exit_savepoint(self, exc: BaseException | None) -> bool:
         session: Any = self._session
         swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        if exc is not None:
+            self._leave_inner()
         error = self._nesting_error()
         lost = session.closed
         try:
@@ -271,7 +333,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         session: Any = self._session
         if session.closed or self._unit.state is not ACTIVE:
             raise psycopg.OperationalError("the transaction around the block has ended before it")
-        release = self._sql("RELEASE")
+        self._releasing = release = self._sql("RELEASE")
         if self._can_wait() and not session._by_hand:
             if session._waits(self._savepoint):
                 session._drop_from(self._savepoint)  # nothing was executed inside it
@@ -301,6 +363,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         if self._is_savepoint and session._waits(self._savepoint):
             session._drop_from(self._savepoint)
         elif not session.closed and session._in_transaction:
+            session._queue = [c for c in session._queue if c is not self._releasing]
             before: list[bytes] = []
             if self._is_savepoint and self._sql("RELEASE") in session._queue:
                 before = [c for c in session._queue if not c.startswith(b"DEALLOCATE")]
@@ -310,7 +373,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                 session._wait(session._commands_gen([*before, *self._undo()]))
                 session._forget_prepared()
             except psycopg.Error as exc:
-                session._drop(f"its rollback failed: {exc}")
+                if not (self._is_savepoint and session._failed):  # what failed is never committed
+                    session._drop(f"its rollback failed: {exc}")
 
     def _call_back_undone(self) -> None:
         if self._state is ROLLED_BACK:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -39,11 +41,19 @@ class Tear:
     Bytecodes are those that run in this thread between `start()` and `stop()`, of whatever
     module but `ignored` ones.
 
+    :param looks: only where Python looks for signals and asynchronous exceptions: at the beginning
+        of functions and of each turn of a loop, and after calls. A ``with`` can't be torn between
+        `__enter__()` and its body, nor between the body's end and `__exit__()`.
     :ivar where: it has happened: functions and lines.
     """
 
     def __init__(
-        self, at: int, happens: Callable[[], object], again: int | None = None, *ignored: str
+        self,
+        at: int,
+        happens: Callable[[], object],
+        again: int | None = None,
+        *ignored: str,
+        looks: bool = False,
     ) -> None:
         self.where: list[str] = []
         self.count = 0
@@ -51,15 +61,18 @@ class Tear:
         self._happens = happens
         self._ident = threading.get_ident()
         self._ignored = {__file__, *ignored}
+        self._looks = looks
 
-    def see(self, code: CodeType, line: int) -> None:
+    def see(self, code: CodeType, offset: int) -> None:
         if code.co_filename in self._ignored or threading.get_ident() != self._ident:
             return
         if code.co_name == "__del__":  # Python would ignore what is raised there
             return
+        if self._looks and offset not in places(code):
+            return
         self.count += 1
         if self.count in self._at:
-            self.where.append(f"{code.co_qualname}, {line}")
+            self.where.append(f"{code.co_qualname}, {offset}")
             self._happens()
 
     # Python calls it at each bytecode. A trace function that raises isn't called any more (in 3.11
@@ -95,8 +108,43 @@ class Tear:
     def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
-            self.see(frame.f_code, frame.f_lineno)
+            self.see(frame.f_code, frame.f_lasti)
         return self._trace
+
+
+def see_calls(see: Callable[[FrameType], None]) -> Callable[[], None]:
+    """`see` the frame of each function that begins, until what is returned is called."""
+    if sys.version_info >= (3, 12):
+        start = sys.monitoring.events.PY_START
+        sys.monitoring.use_tool_id(TOOL, "tear")
+        sys.monitoring.register_callback(TOOL, start, lambda code, offset: see(sys._getframe(1)))
+        sys.monitoring.set_events(TOOL, start)
+
+        def stop() -> None:
+            if sys.monitoring.get_tool(TOOL):
+                sys.monitoring.set_events(TOOL, 0)
+                sys.monitoring.free_tool_id(TOOL)
+
+        return stop
+
+    def trace(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            see(frame)
+
+    sys.settrace(trace)
+    return lambda: sys.settrace(None)
+
+
+@cache
+def places(code: CodeType) -> frozenset[int]:
+    """Where Python looks, in this code."""
+    found = set()
+    called = False
+    for instruction in dis.get_instructions(code):
+        if called or instruction.opname in ("RESUME", "JUMP_BACKWARD"):
+            found.add(instruction.offset)
+        called = instruction.opname.startswith("CALL")
+    return frozenset(found)
 
 
 @contextmanager

@@ -264,10 +264,10 @@ def test_options_and_wrong_ones(dsn: str) -> None:
                 pass
         with pytest.raises(ValueError, match="isolation_level"):
             conn.transaction(isolation_level=17)
-        tx = conn.transaction()
-        with tx:
+        block = conn.transaction()
+        with block:
             pass
-        with pytest.raises(TypeError, match="only once"), tx:
+        with pytest.raises(TypeError, match="only once"), block:
             pass
     with pytest.raises(psycopg.OperationalError, match="closed"):
         conn.execute("select 1")
@@ -442,15 +442,15 @@ def test_a_block_that_nobody_leaves_is_no_concern_of_the_next_holder(
         admin.info.dsn, connection_class=Connection[Any], min_size=1, max_size=1
     ) as pool:
         given = pool.getconn()
-        tx = given.transaction()
-        tx.__enter__()  # BEGIN waits: to the pool the connection looks idle
+        block = given.transaction()
+        tx = block.__enter__()  # BEGIN waits: to the pool the connection looks idle
         pool.putconn(given)
         assert "given back inside a transaction block" in caplog.text
         assert tx.state is ROLLED_BACK
         with pool.connection() as given:
             given.execute("insert into t values (1)")
             with pytest.raises(ConnectionReleased):
-                tx.__exit__(None, None, None)
-            assert not tx.__exit__(KeyError, KeyError(), None)
+                block.__exit__(None, None, None)
+            assert not block.__exit__(KeyError, KeyError(), None)
             assert ids(admin) == []
         assert ids(admin) == [1]

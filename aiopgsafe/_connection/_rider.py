@@ -150,12 +150,10 @@ class RidingCursor(BaseCursor[Any, Row]):
             ours = self._send_own(pgq, prep, name, binary)
             behind = conn._send(POSITION_QUERY, before + ours) if unit is not None else 0
             pgconn.pipeline_sync()
-            key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
             results = yield from collect_gen(pgconn, 2 if asks else 1)
         except psycopg.Error:
             if pgconn.status == OK:  # libpq has refused it: too many parameters
-                conn._preparing.clear()
-                conn._names.clear()
+                conn._forget_interrupted()
                 yield from rest_gen(pgconn)
                 conn._unbegun = False  # BEGIN has gone before it
             raise
@@ -170,6 +168,8 @@ class RidingCursor(BaseCursor[Any, Row]):
             conn._drop(f"{len(results)} results came instead of {before + ours + behind}")
             raise psycopg.InternalError("the server's answers don't belong to what was sent")
         own = [results[before + ours - 1]]
+        # Only now: interrupted before, it would be believed to be prepared.
+        key = conn._prepared.maybe_add_to_cache(pgq, prep, name)
         if prep is Prepare.SHOULD and results[before].status != COMMAND_OK:
             conn._prepared._names.pop(conn._prepared.key(pgq), None)
         elif key is not None:

@@ -285,8 +285,9 @@ class Riding(BaseConnection[Row]):
             return 1
         # A new name each time: a DEALLOCATE of the program's own may have spared the old one.
         self._numbers += 1
-        name = self._names[command] = b"_aiopgsafe_%d" % self._numbers
-        self._preparing.append((at, command))
+        name = b"_aiopgsafe_%d" % self._numbers
+        self._preparing.append((at, command))  # first: see `_forget_interrupted()`
+        self._names[command] = name
         self.pgconn.send_prepare(name, command)
         self.pgconn.send_query_prepared(name, None)
         return 2
@@ -299,6 +300,14 @@ class Riding(BaseConnection[Row]):
         self._preparing.clear()
         if any(map(is_undefined_name, results)):
             self._names.clear()
+
+    def _forget_interrupted(self) -> None:
+        """Nobody has seen what was prepared; whether it has begun the session says."""
+        for _, command in self._preparing:
+            self._names.pop(command, None)
+        self._preparing.clear()
+        if self.pgconn.transaction_status in (INTRANS, INERROR):
+            self._unbegun = False
 
     def _numbered(self, unit: Unit, result: PGresult) -> None:
         """Note the number of the unit's transaction, if it has one."""

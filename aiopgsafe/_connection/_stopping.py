@@ -69,6 +69,7 @@ class StatementStopping(Losing[Row]):
             # Nothing was asked of the server. In a pipeline that can't be told:
             # commands, the Sync above all, may still be queued here.
             self._channel.abandon()
+            self._forget_interrupted()
             return
         deadline = monotonic() + self.cancel_timeout
         try:
@@ -79,6 +80,7 @@ class StatementStopping(Losing[Row]):
             if (rest := self._rest_gen(name)) is not None:
                 self._channel.start(rest)
                 await self._cancel_until_ended(shield, deadline)
+                self._forget_interrupted()
         except Expired:
             self._drop(f"a cancelled statement did not end within {self.cancel_timeout:g} seconds")
 

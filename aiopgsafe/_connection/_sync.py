@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -19,7 +20,7 @@ from .._resolver import Origin
 from .._shield import GATE, Shield
 from .._sync_ending import Ending
 from .._sync_section import NO_LOOP, see_through
-from .._sync_transaction import SyncTransaction
+from .._sync_transaction import Block, SyncTransaction
 from .._unit import Unit
 from ._asking import Reach, look_up
 from ._async import reach_primary
@@ -27,7 +28,7 @@ from ._connecting import add_option, check_timeout
 from ._generators import EndingGenerators, begin_as
 from ._statements import ENDS, NOTED, STREAMS, ending_statement, name_of, traits_of
 from ._sync_cursor import Cursor
-from ._together import drain_gen, left_gen
+from ._together import drain_gen, over_gen, rest_gen
 
 if TYPE_CHECKING:
     from psycopg.abc import AdaptContext, PQGen
@@ -44,6 +45,9 @@ RV = TypeVar("RV")
 OK = pq.ConnStatus.OK
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
+OF_COPY = ("copy_from", "copy_to", "copy_end")
+"""Generators of a COPY that has begun."""
+
 INTERVAL = 0.1
 """Seconds after which psycopg looks whether a signal has come."""
 
@@ -75,6 +79,7 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
     commit_token: bool = False
 
     _reach: Reach
+    _driver = 0  # the thread whose statement was sent last
 
     def __init__(
         self,
@@ -163,6 +168,7 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         return result
 
     def _wait(self, gen: PQGen[RV], interval: float = INTERVAL, timeout: float | None = None) -> RV:
+        self._driver = get_ident()
         try:
             return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=timeout)
         except errors._WaitTimeout:
@@ -177,16 +183,17 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
 
     def _stop_statement(self, gen: PQGen[Any], exc: BaseException) -> None:
         """Leave nothing of a statement that `exc` interrupts, on the server or in libpq."""
-        if not self._busy:
-            return
         shield = Shield(NO_LOOP)
         GATE.enter(shield, at_once=True)
         try:
-            if ending_statement(gen) is None:
-                self._come_to_rest(name_of(gen))
-            else:  # the program's own COMMIT: what the server decides must not be hidden
-                self._take_rest(drain_gen(self.pgconn), self.commit_timeout)
+            if not self._busy:
+                self._forget_interrupted()
+            elif ending_statement(gen) is not None:
+                # The program's own COMMIT: what the server decides must not be hidden.
+                self._take_rest(drain_gen(self.pgconn), monotonic() + self.commit_timeout)
                 exc.add_note("aiopgsafe: the statement was COMMIT or ROLLBACK; it was waited for")
+            elif name_of(gen) not in OF_COPY:  # Copy's own exit ends it: psycopg knows more
+                self._come_to_rest()
         finally:
             GATE.leave(shield)
 
@@ -196,24 +203,26 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         pipelined = self.pgconn.pipeline_status and not self._pipeline
         return bool(pipelined) or self.pgconn.transaction_status == ACTIVE
 
-    def _come_to_rest(self, interrupted: str = "") -> None:
+    def _come_to_rest(self) -> None:
         """Cancel what is in flight, if anything is, and take what is left of it.
 
-        :param interrupted: the name of the generator that it belonged to.
+        A COPY or a stream that nobody has ended, too.
         """
         deadline = monotonic() + self.cancel_timeout
         while self._busy and self.pgconn.status == OK:
+            if monotonic() > deadline:
+                self._drop(f"a statement did not end within {self.cancel_timeout:g} seconds")
+                return
             if self.pgconn.transaction_status == ACTIVE:
                 self._try_cancel(timeout=self.cancel_timeout)
-            rest = left_gen(self.pgconn, interrupted)
-            if rest is not None:
-                self._take_rest(rest, max(deadline - monotonic(), 0))
-        if self.pgconn.status == OK and not self._pipeline:
-            self._preparing.clear()
+            gen = rest_gen if self.pgconn.pipeline_status else over_gen
+            self._take_rest(gen(self.pgconn), deadline)
+        self._forget_interrupted()
 
-    def _take_rest(self, rest: PQGen[None], timeout: float) -> None:
+    def _take_rest(self, rest: PQGen[None], deadline: float) -> None:
+        left = max(deadline - monotonic(), 0)
         try:
-            waiting.wait(rest, self.pgconn.socket, interval=INTERVAL, timeout=timeout)
+            waiting.wait(rest, self.pgconn.socket, interval=INTERVAL, timeout=left)
         except errors._WaitTimeout:
             self._drop("an interrupted statement did not end in time")
         except psycopg.Error as exc:
@@ -275,13 +284,19 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         ending.finish(see_through(ending))
 
     def rollback(self) -> None:
-        """Roll back the current transaction; nothing happens if there is none."""
+        """Roll back the current transaction; nothing happens if there is none.
+
+        Raises `psycopg.OperationalError` if the connection is closed, or lost.
+        """
         if self._num_transactions or self._tpc or self._pipeline:
             super().rollback()  # which refuses; or, in a pipeline, can't be torn so exactly
             return
         unit = self._begin_unit()
         ending = Ending(self, unit, commit=False, undo=True)
-        ending.finish(see_through(ending))
+        torn = see_through(ending)
+        ending.finish(torn)
+        if ending.loss is not None:
+            raise ending.loss
 
     def transaction(  # type: ignore[override]  # psycopg's is a generator around a block
         self,
@@ -292,7 +307,7 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         read_only: bool | None = None,
         deferrable: bool | None = None,
         commit_token: bool | None = None,
-    ) -> SyncTransaction[Row]:
+    ) -> Block[Row]:
         """A transaction block, or a savepoint inside one: ``with conn.transaction() as tx``.
 
         Parameters and errors as of `AsyncConnection.transaction()`. In a pipeline it is
@@ -303,11 +318,12 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
                 with self.lock:
                     self._wait(self._flush_gen())
             theirs = super().transaction(savepoint_name, force_rollback)
-            return cast("SyncTransaction[Row]", theirs)
+            return cast("Block[Row]", theirs)
         begin = begin_as(self, isolation_level, read_only, deferrable)
-        return SyncTransaction(
+        tx: SyncTransaction[Row] = SyncTransaction(
             *(self, savepoint_name, force_rollback), begin=begin, commit_token=commit_token
         )
+        return Block(tx)
 
     async def _look_up(self, ticket: Ticket | Token, until: float) -> tuple[TransactionState, str]:
         """What became of a transaction whose COMMIT was lost; in a thread of its own."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aiopgsafe")
 
 ACTIVE = pq.TransactionStatus.ACTIVE
-COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
+COPY_IN = pq.ExecStatus.COPY_IN
+COPYING = (COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 SYNC = pq.ExecStatus.PIPELINE_SYNC
 ABORTED = pq.ExecStatus.PIPELINE_ABORTED
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
@@ -111,6 +112,21 @@ def drain_gen(pgconn: PGconn) -> PQGen[None]:
             return
 
 
+def over_gen(pgconn: PGconn) -> PQGen[None]:
+    """Take all results, and end a COPY of which nobody knows any more."""
+    while pgconn.transaction_status == ACTIVE:
+        result = yield from generators.fetch(pgconn)
+        if result is None:
+            return
+        try:
+            if result.status == COPY_IN:
+                yield from generators.copy_end(pgconn, b"left unfinished")
+            elif result.status in COPYING:
+                yield from left_in_cursor_gen(pgconn)
+        except psycopg.Error as exc:  # it has failed, as it was to
+            logger.debug("unfinished COPY: %r", exc)
+
+
 def left_in_cursor_gen(pgconn: PGconn) -> PQGen[None]:
     """Take the rest of a COPY TO, or of a stream, that has been cancelled; its errors, too."""
     try:
@@ -125,7 +141,7 @@ def left_in_cursor_gen(pgconn: PGconn) -> PQGen[None]:
 def end_copy_gen(pgconn: PGconn) -> PQGen[None]:
     """End a COPY that has just begun."""
     copy = pgconn.get_result()  # of which there are any number, in COPY mode
-    if copy is not None and copy.status == pq.ExecStatus.COPY_IN:
+    if copy is not None and copy.status == COPY_IN:
         yield from generators.copy_end(pgconn, b"the task was interrupted")
     while isinstance((yield from generators.copy_from(pgconn)), memoryview):
         continue

@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 from django.db import Error
-from django.db.transaction import Atomic, get_connection
+from django.db.transaction import Atomic, TransactionManagementError, get_connection
 
 from .._outcome import COMMITTED
 from .._sync_section import Calls, Section, see_through
@@ -98,6 +98,11 @@ class Leaving(Section):
         self._atomic = atomic
         self._wrapper = wrapper
         self._given = exc_type, exc, tb
+        if forget_inner(atomic, wrapper) and exc is None:
+            self.raised = error = TransactionManagementError(
+                "a block inside this one was never left: an exception had come before its end"
+            )
+            self._given = type(error), error, None
         self._handled = sys.exc_info()[1]  # around it
         self._begun = False
         self._outermost = not wrapper.savepoint_ids
@@ -225,21 +230,61 @@ DJANGOS_EXIT = Atomic.__exit__
 DJANGOS_ENTER = Atomic.__enter__
 
 
+class Entry:
+    """What a block's entry changes, to be undone."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        self._in_block = wrapper.in_atomic_block
+        self._blocks = len(wrapper.atomic_blocks)
+        self._savepoints = len(wrapper.savepoint_ids)
+        self._autocommit = wrapper.autocommit
+
+    def undo(self) -> None:
+        """May be torn, and called again."""
+        wrapper = self._wrapper
+        del wrapper.atomic_blocks[self._blocks :]
+        del wrapper.savepoint_ids[self._savepoints :]
+        wrapper.in_atomic_block = self._in_block
+        conn = wrapper.connection
+        if self._in_block or not self._autocommit or conn is None:
+            return
+        if not (wrapper.autocommit and conn.autocommit):
+            try:
+                wrapper.set_autocommit(True)
+            except Error:
+                wrapper.close()
+
+
 def enter(atomic: Atomic) -> None:
     """Django's. Torn, it leaves no block that nobody will leave."""
     wrapper: Any = get_connection(atomic.using)
-    if not hasattr(wrapper, "_leaving") or wrapper.in_atomic_block:
+    if not hasattr(wrapper, "_leaving"):
         DJANGOS_ENTER(atomic)
         return
-    autocommit = wrapper.autocommit
+    entry = Entry(wrapper)
     try:
         DJANGOS_ENTER(atomic)
     except BaseException:
-        wrapper.in_atomic_block = False
-        wrapper.atomic_blocks.clear()
-        if autocommit and wrapper.connection is not None and not wrapper.autocommit:
-            wrapper.set_autocommit(True)
+        try:
+            entry.undo()
+        except BaseException:
+            entry.undo()  # that was torn, too
+            raise
         raise
+
+
+def forget_inner(atomic: Atomic, wrapper: Any) -> bool:
+    """Forget blocks inside this one, torn at their exit's first bytecode. Whether any were."""
+    blocks = wrapper.atomic_blocks
+    if not wrapper.in_atomic_block or atomic not in blocks:
+        return False
+    depth = len(blocks) - blocks[::-1].index(atomic)
+    # The outermost has no savepoint, unless the program manages the transaction itself.
+    del wrapper.savepoint_ids[depth - wrapper.commit_on_exit :]
+    inner = blocks[depth:]
+    del blocks[depth:]
+    return bool(inner)
 
 
 def leave(
