@@ -436,3 +436,23 @@ async def test_a_two_phase_transaction_that_a_statement_has_ended_does_not_know(
         await conn.tpc_commit()
     await conn.execute("select 1")
     await conn.commit()
+
+
+@compared
+async def test_a_function_may_be_decorated(s: Scene) -> None:
+    await s.conn.set_autocommit(True)
+    await s.conn.execute("create table decorated (i int)")
+
+    @s.conn.transaction()
+    async def add(i: int) -> int:
+        await s.conn.execute("insert into decorated values (%s)", (i,))
+        if i == 2:
+            raise KeyError
+        return i
+
+    s.note(await add(1))
+    with s.fails():
+        await add(2)
+    async with s.conn.transaction():
+        s.note(await add(3))
+    s.note(await s.fetch("select i from decorated order by i"))
