@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
+from itertools import repeat
+from operator import delitem
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -279,12 +281,11 @@ def forget_inner(atomic: Atomic, wrapper: Any) -> bool:
     blocks = wrapper.atomic_blocks
     if not wrapper.in_atomic_block or atomic not in blocks:
         return False
-    depth = len(blocks) - blocks[::-1].index(atomic)
-    # The outermost has no savepoint, unless the program manages the transaction itself.
-    del wrapper.savepoint_ids[depth - wrapper.commit_on_exit :]
-    inner = blocks[depth:]
-    del blocks[depth:]
-    return bool(inner)
+    inner: int = blocks[::-1].index(atomic)
+    if inner:
+        # Each has its savepoint, or None: both lists in one C call, which nothing tears.
+        any(map(delitem, (blocks, wrapper.savepoint_ids), repeat(slice(-inner, None))))
+    return inner > 0
 
 
 def leave(
