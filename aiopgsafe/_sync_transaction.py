@@ -45,10 +45,11 @@ class Block(Generic[Row]):
 
     def __enter__(self) -> SyncTransaction[Row]:
         try:
-            return self._tx.__enter__()
+            tx = self._tx.__enter__()
         except BaseException:
-            self._tx._abandon()  # it may have been entered already
+            self._abandon()  # it may have been entered already
             raise
+        return tx
 
     def __exit__(
         self,
@@ -70,6 +71,9 @@ class Block(Generic[Row]):
         return in_block
 
     def __del__(self) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
         try:
             self._tx._abandon()
         except BaseException:

@@ -112,6 +112,13 @@ class Tear:
         return self._trace
 
 
+def ignore_unraisable(unraisable: object) -> None:
+    """For `sys.unraisablehook`: what is raised in a finaliser Python can only tell of.
+
+    pytest's hook would be torn itself.
+    """
+
+
 def see_calls(see: Callable[[FrameType], None]) -> Callable[[], None]:
     """`see` the frame of each function that begins, until what is returned is called."""
     if sys.version_info >= (3, 12):

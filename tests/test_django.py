@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -24,10 +25,9 @@ if not settings.configured:
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import ConnectionHandler
 
-from aiopgsafe._sync_section import Section
 from aiopgsafe.testing import Cut, Delay, FaultProxy, command_complete
 from tests.conftest import Figures
-from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling, lies
+from tests.tearing import WAYS, Stop, Tear, TimeLimit, handling, ignore_unraisable, lies
 
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
@@ -365,9 +365,9 @@ DOOR = 7
 @pytest.fixture
 def start_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from aiopgsafe._sync_ending import Ending
-    from aiopgsafe.django._atomic import Leaving
+    from aiopgsafe.django._atomic import Hooks, Leaving
 
-    for section in (Section, Ending, Leaving):
+    for section in (Hooks, Ending, Leaving):
         torn = section.torn
 
         def torn_again(self: Any, exc: BaseException, torn: Any = torn) -> None:
@@ -375,12 +375,11 @@ def start_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             torn(self, exc)
 
         monkeypatch.setattr(section, "torn", torn_again)
+    monkeypatch.setattr(sys, "unraisablehook", ignore_unraisable)
     yield
     TEARS.clear()
 
 
-# What is raised while a generator is finalised Python ignores, and pytest tells.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("again", [None, 1, 20])
 @pytest.mark.parametrize("exc", [Stop, TimeLimit])
 @pytest.mark.parametrize("way", ["signal", "exception"])

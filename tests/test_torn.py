@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +13,10 @@ import pytest
 from aiopgsafe import Connection, TransactionState
 from aiopgsafe._sync_ending import Ending
 from tests.conftest import Figures
-from tests.tearing import WAYS, Stop, Tear, TimeLimit, lies
+from tests.tearing import WAYS, Stop, Tear, TimeLimit, ignore_unraisable, lies
 
 Admin = psycopg.Connection[Any]
 IDLE = psycopg.pq.TransactionStatus.IDLE
-
-# What is raised while a generator is finalised Python ignores, and pytest tells.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 class Trial:
@@ -177,6 +175,7 @@ def sweep(dsn: str, admin: Admin, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         torn(ending, exc)
 
     monkeypatch.setattr(Ending, "torn", torn_again)
+    monkeypatch.setattr(sys, "unraisablehook", ignore_unraisable)
     yield Sweep(dsn, admin)
     TEARS.clear()
 
