@@ -57,6 +57,7 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
         self._savepoint = b""
         self._entered = False
         self._left = False
+        self._orphaned = False  # what is around it was left before it
         # Of a savepoint; the outermost block's state is its unit's.
         self._state = PENDING
         self._released = False
@@ -238,17 +239,26 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
             mark_retry(exc, safe=True)
 
     def _is_anothers(self, exc: BaseException | None) -> bool:
-        """Whether the connection was given back inside the block, which `exc` goes through.
+        """Whether the connection isn't in this block (any more), which `exc` goes through.
 
-        Raises `ConnectionReleased` if none does.
+        Raises `ConnectionReleased` if none does, `psycopg.ProgrammingError` if it never was.
         """
-        if self._left and exc is None:
+        if self._entered and not self._left:
+            return False
+        if exc is None:
+            if not self._entered:
+                raise psycopg.ProgrammingError("the block was not entered")
             raise ConnectionReleased("the connection was given back inside the block")
-        return self._left
+        return True
 
     def _leave(self) -> None:
         """The connection is in this block no more: from here on it may be another's."""
         if not self._left:
+            blocks = self._session._blocks
+            if blocks and blocks[-1] is not self and self in blocks:
+                # Left out of order: those inside are without it.
+                for inner in blocks[blocks.index(self) + 1 :]:
+                    inner._orphaned = True
             # In this order: torn between the two, it is done again.
             self._session._remove_block(self)
             self._left = True

@@ -213,6 +213,7 @@ class Ending(Section):
                 conn._drop("the connection was busy when its transaction had to end")
                 return
             self._locked.extend(map(call, (acquire,)))
+        conn._driver = get_ident()
 
     def _unlock(self) -> None:
         if any(self._locked):

@@ -15,18 +15,19 @@ from __future__ import annotations
 from _thread import allocate_lock
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 from operator import call
 from threading import Thread
 from time import monotonic
+from types import CodeType, FrameType
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
 from ._shield import GATE, Expired, Shield
 
-__all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "see_through"]
+__all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "came_through", "see_through"]
 
 T = TypeVar("T")
 
@@ -141,6 +142,19 @@ class Calls:
             raise exc  # between two of them
         self.called.append(exc)
         return number
+
+
+def came_through(exc: BaseException | None, *codes: CodeType) -> Iterator[FrameType]:
+    """The frames of those functions that `exc` has come through, or what it was raised in."""
+    seen: list[BaseException] = []
+    while exc is not None and exc not in seen:
+        seen.append(exc)
+        tb = exc.__traceback__
+        while tb is not None:
+            if tb.tb_frame.f_code in codes:
+                yield tb.tb_frame
+            tb = tb.tb_next
+        exc = exc.__context__
 
 
 MAX_TEARS = 50

@@ -16,7 +16,7 @@ from ._base_block import STATUS, BaseBlock
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
 from ._shield import GATE, Shield
 from ._sync_ending import Ending
-from ._sync_section import NO_LOOP, see_through
+from ._sync_section import NO_LOOP, came_through, see_through
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -44,12 +44,21 @@ class Block(Generic[Row]):
         self._tx = tx
 
     def __enter__(self) -> SyncTransaction[Row]:
+        if self._tx._unit.state is not PENDING or self._tx._entered:
+            raise TypeError("transaction blocks can be used only once")
         try:
             tx = self._tx.__enter__()
         except BaseException:
-            self._abandon()  # it may have been entered already
+            try:
+                self._tx._abandon()  # it may have been entered already
+            except BaseException:
+                self._tx._abandon()
+                raise
             raise
         return tx
+
+    def __copy__(self) -> Self:
+        return self
 
     def __exit__(
         self,
@@ -71,9 +80,6 @@ class Block(Generic[Row]):
         return in_block
 
     def __del__(self) -> None:
-        self._abandon()
-
-    def _abandon(self) -> None:
         try:
             self._tx._abandon()
         except BaseException:
@@ -221,6 +227,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
             try:
                 if self._is_anothers(exc):
                     return False
+                session: Any = self._session
+                session._end_pipeline()
                 return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
             except BaseException:
                 self._exit_torn()
@@ -236,7 +244,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
 
     def _exit_torn(self) -> None:
         """If it was before the end had begun, nothing is left, either."""
-        if self._left:
+        if self._left or not self._entered:
             return
         if self._is_savepoint:
             self._undo_now()
@@ -246,10 +254,12 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         else:
             self._roll_back(None)
 
-    def _leave_inner(self) -> None:
-        """An exception goes through: blocks inside are still there that it kept from being left."""
+    def _leave_torn(self, exc: BaseException) -> None:
+        """Blocks inside, whose exit or entry `exc` has torn, are still there."""
         blocks = self._session._blocks
-        while self in blocks and blocks[-1] is not self:
+        through = came_through(exc, Block.__enter__.__code__, Block.__exit__.__code__)
+        torn = [frame.f_locals["self"]._tx for frame in through]
+        while self in blocks and blocks[-1] is not self and blocks[-1] in torn:
             inner = blocks[-1]
             inner._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
             inner._leave()
@@ -258,7 +268,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         session, unit = self._session, self._unit
         swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
         if exc is not None:
-            self._leave_inner()
+            self._leave_torn(exc)
         error = self._nesting_error()
         lost = session.closed
         if exc is not None or self.force_rollback or error is not None or unit.state is not ACTIVE:
@@ -304,7 +314,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         session: Any = self._session
         swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
         if exc is not None:
-            self._leave_inner()
+            self._leave_torn(exc)
         error = self._nesting_error()
         lost = session.closed
         try:

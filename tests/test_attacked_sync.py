@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from django.db import connections, transaction
 from django.db.transaction import TransactionManagementError
 
 from aiopgsafe import Connection, TransactionState
+from aiopgsafe.testing import Delay, FaultProxy, Message, command_complete
 from tests.tearing import Stop, handling, see_calls
 from tests.test_django import connect, insert
 
@@ -217,6 +219,75 @@ def test_a_function_may_be_decorated(conn: Connection[Any], admin: Admin) -> Non
     assert ids(admin) == [1, 3]
 
 
+def test_who_does_not_enter_a_block_does_not_end_it(conn: Connection[Any], admin: Admin) -> None:
+    block, other = conn.transaction(), conn.transaction()
+    with block:
+        conn.execute("insert into t values (1)")
+        with pytest.raises(TypeError, match="only once"), block:
+            pass
+        copy.copy(block)
+        with pytest.raises(psycopg.ProgrammingError, match="not entered"):
+            other.__exit__(None, None, None)
+        assert not other.__exit__(KeyError, KeyError(), None)
+        conn.execute("insert into t values (2)")
+    assert ids(admin) == [1, 2]
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_what_is_inside_a_block_that_has_ended_is_not_committed_on_its_own(
+    conn: Connection[Any], admin: Admin, autocommit: bool
+) -> None:
+    def block() -> Iterator[None]:
+        with conn.transaction():
+            yield
+
+    conn.autocommit = autocommit
+    outer = block()
+    next(outer)
+    with pytest.raises(psycopg.OperationalError, match="ended before"), conn.transaction():
+        conn.execute("insert into t values (1)")
+        with pytest.raises(psycopg.transaction.OutOfOrderTransactionNesting):
+            outer.close()  # type: ignore[attr-defined]
+        with pytest.raises(psycopg.OperationalError, match="ended before"):
+            conn.execute("insert into t values (2)")
+    conn.rollback()
+    with conn.transaction():
+        conn.execute("insert into t values (3)")
+    assert ids(admin) == [3]
+
+
+def test_another_thread_s_rollback_is_waited_for(proxy: FaultProxy, admin: Admin) -> None:
+    begun = threading.Event()
+
+    def seen(message: Message) -> bool:
+        if is_rolled_back(message):
+            begun.set()
+        return is_rolled_back(message)
+
+    is_rolled_back = command_complete("ROLLBACK")
+    proxy.inject(Delay(0.1), seen)
+    with Connection.connect(proxy.dsn) as conn:
+        conn.execute("select 1")
+        thread = threading.Thread(target=conn.rollback)
+        thread.start()
+        begun.wait(10)
+        conn.rollback()
+        thread.join()
+        assert not conn.closed
+
+
+def test_executemany_torn_at_its_beginning_ends_with_the_block(
+    conn: Connection[Any], admin: Admin
+) -> None:
+    query = "insert into t values (%s)"
+    # psycopg asserts that the pipeline has ended.
+    torn = torn_in("__exit__", "_pipeline_nolock")
+    with suppress(AssertionError), torn, conn.transaction():
+        conn.cursor().executemany(query, [(1,), (2,)])
+    conn.execute(query, (3,))
+    assert ids(admin) == [3]
+
+
 # Django
 
 
@@ -277,3 +348,34 @@ def test_a_time_limit_leaves_a_usable_connection(wrapper: Any, admin: Admin) -> 
             insert(10 * i)
     assert not connections["default"].closed_in_transaction
     assert ids(admin) == [0, 10, 20]
+
+
+def test_blocks_of_generators_may_be_left_out_of_order(wrapper: Any, admin: Admin) -> None:
+    called: list[int] = []
+
+    def block(i: int) -> Iterator[None]:
+        with transaction.atomic():
+            for j in range(2):
+                insert(10 * i + j)
+                yield
+            transaction.on_commit(partial(called.append, i))
+
+    for _ in zip(block(1), block(2), strict=True):
+        pass
+    assert called == [1, 2]
+    assert ids(admin) == [0, 10, 11, 20, 21]
+
+
+def test_a_decorated_function_that_calls_itself_may_be_torn(wrapper: Any, admin: Admin) -> None:
+    @transaction.atomic  # type: ignore[untyped-decorator]
+    def call(i: int) -> None:
+        insert(i)
+        if i < 3:
+            call(i + 1)
+
+    with torn_in("leave"):
+        call(1)
+    assert not wrapper.in_atomic_block
+    with transaction.atomic():
+        insert(4)
+    assert ids(admin) == [0, 4]

@@ -49,8 +49,8 @@ class EndingGenerators(Blocks[Row]):
 
         What waits goes before the statement, if it can't ride on it.
         """
-        if self._blocks and self._unbegun:
-            raise not_begun()
+        if (blocks := self._blocks) and (self._unbegun or blocks[-1]._orphaned):
+            raise not_begun() if self._unbegun else orphaned()
         if self._prepared._to_flush and not self._failed:
             # psycopg does it behind the statement: what that prepares would be gone, and
             # psycopg believe that it is there.
@@ -382,6 +382,11 @@ def lose_sight_of(unit: Unit) -> None:
     if unit.state is TransactionState.ACTIVE:
         unit.advance(TransactionState.UNKNOWN)
         unit.take()
+
+
+def orphaned() -> psycopg.OperationalError:
+    """In autocommit mode it would be committed, whatever becomes of the block."""
+    return psycopg.OperationalError("the transaction around the block has ended before it")
 
 
 def not_begun() -> psycopg.OperationalError:

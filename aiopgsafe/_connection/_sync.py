@@ -219,6 +219,12 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             self._take_rest(gen(self.pgconn), deadline)
         self._forget_interrupted()
 
+    def _end_pipeline(self) -> None:
+        """One that was begun inside a block, and torn: nobody will leave it."""
+        if self._pipeline is not None:
+            self._pipeline = None
+            self._come_to_rest()
+
     def _take_rest(self, rest: PQGen[None], deadline: float) -> None:
         left = max(deadline - monotonic(), 0)
         try:

@@ -44,6 +44,8 @@ class SyncRider(RidingCursor[Row]):
         with conn.lock:
             conn._rider = self
             self._traits = 0
+            if conn.pgconn.pipeline_status and conn._pipeline is None:
+                conn._come_to_rest()  # psycopg was torn as it began one: no Sync would come
             try:
                 conn._wait(self._execute_gen(query, params, prepare=prepare, binary=binary))
             except BaseException as exc:

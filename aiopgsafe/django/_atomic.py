@@ -9,11 +9,14 @@ reports success and is never committed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterable
+from copy import copy
 from itertools import repeat
 from operator import delitem
+from sys import getrefcount
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -23,7 +26,7 @@ from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError, get_connection
 
 from .._outcome import COMMITTED
-from .._sync_section import Calls, Section, see_through
+from .._sync_section import Calls, Section, came_through, see_through
 
 __all__ = ["Hooks", "Leaving", "install"]
 
@@ -100,7 +103,7 @@ class Leaving(Section):
         self._atomic = atomic
         self._wrapper = wrapper
         self._given = exc_type, exc, tb
-        if forget_inner(atomic, wrapper) and exc is None:
+        if forget_torn(atomic, wrapper, exc) and exc is None:
             self.raised = error = TransactionManagementError(
                 "a block inside this one was never left: an exception had come before its end"
             )
@@ -276,16 +279,45 @@ def enter(atomic: Atomic) -> None:
         raise
 
 
-def forget_inner(atomic: Atomic, wrapper: Any) -> bool:
-    """Forget blocks inside this one, torn at their exit's first bytecode. Whether any were."""
+def forget_torn(atomic: Atomic, wrapper: Any, exc: BaseException | None) -> bool:
+    """Forget blocks inside this one, torn at their exit's first bytecode. Whether any were.
+
+    Others inside it may be left later, out of order (generators): Django only counts.
+    """
     blocks = wrapper.atomic_blocks
     if not wrapper.in_atomic_block or atomic not in blocks:
         return False
     inner: int = blocks[::-1].index(atomic)
-    if inner:
+    if not inner:
+        return False
+    torn = {id(frame.f_locals["atomic"]) for frame in came_through(exc, leave.__code__)}
+    number = torn_on_top(blocks, inner, torn)
+    if number < inner:
+        gc.collect()  # an exception that is over may still be in a cycle with its frames
+        number = torn_on_top(blocks, inner, torn)
+    if number:
         # Each has its savepoint, or None: both lists in one C call, which nothing tears.
-        any(map(delitem, (blocks, wrapper.savepoint_ids), repeat(slice(-inner, None))))
-    return inner > 0
+        any(map(delitem, (blocks, wrapper.savepoint_ids), repeat(slice(-number, None))))
+    return number > 0
+
+
+def torn_on_top(blocks: list[Atomic], inner: int, torn: set[int]) -> int:
+    """How many of the `inner` blocks on top are `torn`, or nobody has any more, who could leave."""
+    number = 0
+    while number < inner and (
+        id(blocks[~number]) in torn or getrefcount(blocks[~number]) == ONLY_HERE
+    ):
+        number += 1
+    return number
+
+
+ONLY_HERE = 2
+"""References: the list's, and getrefcount()'s own."""
+
+
+def another(atomic: Atomic) -> Atomic:
+    """For each call of a decorated function: it may call itself, and be torn."""
+    return copy(atomic)
 
 
 def leave(
@@ -342,3 +374,4 @@ def install() -> None:
     """Blocks on connections of ours are entered and left our way from now on; others as before."""
     Atomic.__enter__ = enter
     Atomic.__exit__ = leave
+    Atomic._recreate_cm = another
