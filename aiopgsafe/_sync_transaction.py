@@ -80,11 +80,13 @@ class Block(Generic[Row]):
         return in_block
 
     def __del__(self) -> None:
-        try:
-            self._tx._abandon()
-        except BaseException:
-            self._tx._abandon()  # that was torn, too
-            raise
+        tx = self._tx
+        if tx in tx._session._blocks:  # rarely: no call otherwise
+            try:
+                tx._abandon()
+            except BaseException:
+                tx._abandon()  # that was torn, too
+                raise
 
 
 class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
