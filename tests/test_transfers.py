@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any
 
+import anyio
 import psycopg
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from transfers.service import create_schema
 
+from aiopgsafe import Database
 from aiopgsafe.testing import Delay, FaultProxy, command_complete
-from tests.serving import ROOT, SERVERS, Service
+from tests.serving import SERVERS, Service
 
 Admin = psycopg.Connection[Any]
+
+
+async def create_tables(dsn: str) -> None:
+    async with Database(dsn) as db:
+        await create_schema(db)
 
 
 @pytest.fixture(params=SERVERS)
 def base(request: pytest.FixtureRequest, proxy: FaultProxy) -> Iterator[str]:
     dsn = proxy.dsn
-    prepare = (
-        "import anyio; from transfers.service import db, create_schema\n"
-        "async def main():\n    async with db: await create_schema(db)\n"
-        "anyio.run(main)"
-    )
-    environment = {**os.environ, "TRANSFERS_DSN": dsn, "PYTHONPATH": str(ROOT / "examples")}
-    subprocess.run([sys.executable, "-c", prepare], env=environment, check=True)
+    with ThreadPoolExecutor() as pool:  # in this thread Playwright's event loop may run
+        pool.submit(anyio.run, create_tables, dsn).result()
     service = Service(request.param, "transfers.service:app", TRANSFERS_DSN=dsn)
     try:
         service.wait_until_ready()
