@@ -146,9 +146,9 @@ class Calls:
 
 def came_through(exc: BaseException | None, *codes: CodeType) -> Iterator[FrameType]:
     """The frames of those functions that `exc` has come through, or what it was raised in."""
-    seen: list[BaseException] = []
-    while exc is not None and exc not in seen:
-        seen.append(exc)
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
         tb = exc.__traceback__
         while tb is not None:
             if tb.tb_frame.f_code in codes:

@@ -68,7 +68,7 @@ class Tear:
             return
         if code.co_name == "__del__":  # Python would ignore what is raised there
             return
-        if self._looks and offset not in places(code):
+        if offset in accounts(code) or (self._looks and offset not in places(code)):
             return
         self.count += 1
         if self.count in self._at:
@@ -152,6 +152,20 @@ def places(code: CodeType) -> frozenset[int]:
             found.add(instruction.offset)
         called = instruction.opname.startswith("CALL")
     return frozenset(found)
+
+
+@cache
+def accounts(code: CodeType) -> frozenset[int]:
+    """Where Python keeps account of which exception is being handled, in this code.
+
+    These can't raise, so Python is not prepared: the exception of a handler that is torn there
+    counts as being handled for the rest of the thread, and each later one has it as its context.
+    """
+    return frozenset(
+        instruction.offset
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("PUSH_EXC_INFO", "POP_EXCEPT")
+    )
 
 
 @contextmanager

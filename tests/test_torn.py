@@ -141,6 +141,7 @@ class Sweep:
                 TEARS[threading.get_ident()] = tear
                 trial = Trial(conn, self.admin)
                 trial.run(work, tear)
+            assert sys.exception() is None, f"still handled after {tear.where}"
             if at and not tear.where:
                 break
             if at:  # the first one only warms up
