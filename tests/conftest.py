@@ -93,9 +93,16 @@ def anyio_backend(loop_name: str) -> tuple[str, dict[str, Any]]:
     params=BINDIRS,
     ids=[f"pg{TemporaryServer(bindir=bindir).version}" for bindir in BINDIRS],
 )
-def server(request: pytest.FixtureRequest) -> Iterator[TemporaryServer]:
+def bindir(request: pytest.FixtureRequest) -> Path:
+    """The programs of each PostgreSQL; of one with ``--one-server``."""
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(bindir: Path) -> Iterator[TemporaryServer]:
     settings = {"max_prepared_transactions": 10, "max_connections": 200}
-    with TemporaryServer(bindir=request.param, settings=settings) as server:
+    with TemporaryServer(bindir=bindir, settings=settings) as server:
         yield server
 
 
@@ -175,7 +182,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if which := config.getoption("--one-server"):
         others = set(BINDIRS[1:] if which == "newest" else BINDIRS[:-1])
         callspecs = [getattr(item, "callspec", None) for item in items]
-        wanted = [spec is None or spec.params.get("server") not in others for spec in callspecs]
+        wanted = [spec is None or spec.params.get("bindir") not in others for spec in callspecs]
         config.hook.pytest_deselected(
             items=[item for item, keep in zip(items, wanted, strict=True) if not keep]
         )

@@ -38,7 +38,7 @@ from aiopgsafe.testing import (
     TemporaryServer,
     command_complete,
 )
-from tests.conftest import BINDIRS, Figures
+from tests.conftest import Figures
 from tests.standby import PRIMARY, Standby, wait_for_standby
 
 pytestmark = pytest.mark.anyio
@@ -243,16 +243,6 @@ def check(writers: list[Writer], server: TemporaryServer, counts: Counter[str]) 
 
 
 SETUP = f"create table t (id int primary key); {CREATE.decode()}"
-
-
-@pytest.fixture(
-    scope="module",
-    params=BINDIRS,
-    ids=[f"pg{TemporaryServer(bindir=bindir).version}" for bindir in BINDIRS],
-)
-def bindir(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.param
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,7 +25,7 @@ from aiopgsafe._resolver import (
     parse_ticket,
 )
 from aiopgsafe.testing import TemporaryServer
-from tests.conftest import BINDIRS, Figures
+from tests.conftest import Figures
 
 COMMITTED, ROLLED_BACK, UNKNOWN = (
     TransactionState.COMMITTED,
@@ -128,11 +129,11 @@ def ask(dsn: str, ticket: Ticket) -> Answer:
         return answer._replace(status=status[0])
 
 
-@pytest.fixture(scope="module", params=BINDIRS, ids=lambda bindir: bindir.parent.name)
-def crashing(request: pytest.FixtureRequest) -> Iterator[TemporaryServer]:
+@pytest.fixture(scope="module")
+def crashing(bindir: Path) -> Iterator[TemporaryServer]:
     # Numbers are handed out again only where WAL gets lost: it is flushed late here.
     settings: dict[str, str | int | bool] = {"wal_writer_delay": "10s", "autovacuum": False}
-    with TemporaryServer(bindir=request.param, settings=settings) as server:
+    with TemporaryServer(bindir=bindir, settings=settings) as server:
         server.psql("create table t (id int primary key)")
         yield server
 
