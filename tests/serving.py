@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import monotonic, sleep
@@ -40,6 +41,7 @@ class Service:
             cwd=ROOT,
             stdout=self.log,
             stderr=self.log,
+            process_group=0,
         )
 
     def wait_until_ready(self) -> None:
@@ -54,7 +56,10 @@ class Service:
         return self.log.read()
 
     def end(self) -> None:
-        self.process.kill()
+        # hypercorn serves in a process of its own, which would outlive it; after `stop()` there
+        # is none.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
 
