@@ -67,6 +67,7 @@ class Session(Protocol):
     def _flush_gen(self, time_left: float | None = None) -> PQGen[None]:
         """Send what waits."""
 
+    _tpc: Any
     _by_hand: bool
     _unbegun: bool
     _undoing: bool

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from ._unit import Unit
 
-__all__ = ["Ending"]
+__all__ = ["Ending", "call_back"]
 
 logger = logging.getLogger("aiopgsafe")
 
@@ -58,16 +58,20 @@ FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 class Exchange:
     """A command that is sent to the server, and all of its results.
 
+    :param note: takes what handlers of notifications raise, which come with the results.
     :ivar loss: what kept the results from coming.
     """
 
-    def __init__(self, conn: Any, *commands: bytes) -> None:
+    def __init__(
+        self, conn: Any, *commands: bytes, note: Callable[[BaseException], object]
+    ) -> None:
         self.results: list[PGresult] = []
         self.loss: Exception | None = None
         self.until = monotonic() + conn.commit_timeout
         self._conn = conn
         self._pgconn = conn.pgconn
         self._commands = commands
+        self._note = note
         self._sending = False
 
     @property
@@ -111,8 +115,12 @@ class Exchange:
             results.extend(islice(iter(pgconn.get_result, None), 1))
             if len(results) == before:
                 break
-        if pgconn.notify_handler is not None:
-            deque(map(pgconn.notify_handler, iter(pgconn.notifies, None)), 0)
+        while pgconn.notify_handler is not None:
+            try:
+                deque(map(pgconn.notify_handler, iter(pgconn.notifies, None)), 0)
+                return
+            except BaseException as exc:  # one of many: the others have to be told
+                self._note(exc)
 
     def _wait(self, shield: Shield, flushing: bool) -> None:
         left = min(self.until, shield.until) - monotonic()
@@ -153,7 +161,7 @@ class Ending(Section):
         self._commit = commit
         self._undo = undo
         self._on_ended = on_ended
-        self._came: BaseException | None = None  # before COMMIT was sent, or out of a callback
+        self._came: BaseException | None = None  # before COMMIT was sent
         self._error: Exception | None = None
         self._ended = False
         self._locked: list[bool] = []
@@ -162,7 +170,6 @@ class Ending(Section):
         self._rolling: Exchange | None = None
         self._asked: Thinking[tuple[TransactionState, str]] | None = None
         self._calls: Calls | None = None
-        self._callback_errors: list[BaseException] = []
 
     def _step(self) -> None:
         if not self._ended:
@@ -180,15 +187,30 @@ class Ending(Section):
             self._ended = not self._undo
             self._commit = False
 
+    def give_up(self) -> None:
+        """The connection is closed, and the outcome what can be known without it."""
+        unit = self._unit
+        sent = self._committing is not None and self._committing.sent
+        self._unlock()
+        self._conn._drop("its transaction can't be ended")
+        if sent:
+            self._settle(COMMITTING)
+        self._settle(UNKNOWN if unit.state is COMMITTING else ROLLED_BACK)
+        if self.tore is not None:
+            self.tore.add_note(f"aiopgsafe: the transaction is {unit.state.value}")
+        self._on_ended()
+        self._conn._settled(unit)
+
     def finish(self, torn: BaseException | None) -> None:
         """Raise what is to be raised.
 
         :param torn: what `see_through()` returned.
         """
-        held = self._came or torn or self.signalled
+        calls = self._calls or Calls(())
+        held = self._came or torn or calls.stopping or self.signalled
         if self.signalled is not None and isinstance(self._came, psycopg.Error):
             held, self._error = self.signalled, self._came
-        errors, outcome = self._callback_errors, self._unit.state
+        errors, outcome = calls.errors, self._unit.state
         if held is None and self._error is None and not errors:
             return
         if held is not None and held is self._came and outcome in (ACTIVE, ROLLED_BACK):
@@ -226,7 +248,7 @@ class Ending(Section):
         if self._commit:
             if self._committing is None:
                 commands = conn._before_commit(unit, self._undo)  # may raise: see `torn()`
-                self._committing = Exchange(conn, *commands) if commands else None
+                self._committing = Exchange(conn, *commands, note=self.note) if commands else None
             if self._committing is not None:
                 self._committing.go_on(self.shield)
                 verdict = self._verdict(self._committing)
@@ -288,7 +310,7 @@ class Ending(Section):
         conn._forget_queue()  # BEGIN, if nothing was executed; RELEASE, which it makes superfluous
         if self._rolling is None:
             conn._come_to_rest()
-            self._rolling = Exchange(conn, b"ROLLBACK")
+            self._rolling = Exchange(conn, b"ROLLBACK", note=self.note)
         if conn.closed:
             self.loss = self.loss or psycopg.OperationalError("the connection is closed")
         elif conn._in_transaction or self._rolling.sent:
@@ -310,12 +332,16 @@ class Ending(Section):
         if self._calls is None:
             return
         self._unit.callbacks.clear()
-        while self._calls.left:
-            try:
-                self._calls.call_next()
-            except BaseException as exc:
-                self._calls.note(exc)
-                if isinstance(exc, Exception):
-                    self._callback_errors.append(exc)
-                else:
-                    self._came = self._came or exc
+        self._calls.call_all()
+
+
+def call_back(
+    what: str,
+    outcome: TransactionState,
+    calls: Calls,
+    going_through: BaseException | None = None,
+) -> None:
+    """Call what is left of `calls`, and raise what is to be raised: see `let_through()`."""
+    calls.call_all()
+    if calls.raised:
+        let_through(what, outcome, calls.stopping, None, calls.errors, going_through)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 from operator import call
+from sys import getrecursionlimit, setrecursionlimit
 from threading import Thread
 from time import monotonic
 from types import CodeType, FrameType
@@ -85,10 +86,13 @@ class Section(ABC):
     """What may be torn anywhere and is called again; signals are deferred meanwhile.
 
     A subclass has `_step()`, which goes on from wherever it was torn.
+
+    :ivar tore: what has torn it first.
     """
 
     def __init__(self) -> None:
         self.shield = Shield(NO_LOOP)
+        self.tore: BaseException | None = None
         self._over = False
         self._signalled: list[BaseException | None] = []
 
@@ -108,9 +112,18 @@ class Section(ABC):
     @abstractmethod
     def _step(self) -> None: ...
 
+    def note(self, exc: BaseException) -> None:
+        """`exc` came out of `go_on()`."""
+        self.torn(exc)
+        self.tore = self.tore or exc
+
     @abstractmethod
     def torn(self, exc: BaseException) -> None:
         """`exc` came out of `go_on()`: it will be called again."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """It will not: something of ours fails each time. Nothing that is open may stay so."""
 
     @property
     def signalled(self) -> BaseException | None:
@@ -123,11 +136,13 @@ class Calls:
 
     :ivar left: that have not been called.
     :ivar called: what the others have returned, or raised.
+    :ivar raised: what they have raised.
     """
 
     def __init__(self, fns: Iterable[Callable[[], object]]) -> None:
         self.left = deque(fns)
         self.called: list[object] = []
+        self.raised: list[BaseException] = []
         self._all = len(self.left)
 
     def call_next(self) -> None:
@@ -140,8 +155,27 @@ class Calls:
         number = len(self.called)
         if len(self.left) + number == self._all:
             raise exc  # between two of them
+        self.raised.append(exc)
         self.called.append(exc)
         return number
+
+    def call_all(self) -> None:
+        """Call all that are left, whatever one of them raises."""
+        while self.left:
+            try:
+                self.call_next()
+            except BaseException as exc:
+                self.note(exc)
+
+    @property
+    def stopping(self) -> BaseException | None:
+        """What was raised that is no error: it stops the program."""
+        return next((exc for exc in self.raised if not isinstance(exc, Exception)), None)
+
+    @property
+    def errors(self) -> list[BaseException]:
+        """The errors among what was raised."""
+        return [exc for exc in self.raised if isinstance(exc, Exception)]
 
 
 def came_through(exc: BaseException | None, *codes: CodeType) -> Iterator[FrameType]:
@@ -160,24 +194,40 @@ def came_through(exc: BaseException | None, *codes: CodeType) -> Iterator[FrameT
 MAX_TEARS = 50
 """Exceptions that an end survives: an error of ours would come again and again."""
 
+FRAMES = 200
+"""Of its own for an end that begins where Python's recursion limit is near."""
+
 
 def see_through(section: Section) -> BaseException | None:
-    """Have it come to its end, however often it is torn; what tore it."""
+    """Have it come to its end, however often it is torn; what tore it first."""
     try:
-        return _go_on(section, MAX_TEARS)
-    except BaseException as exc:  # between two lines of `_go_on()`
-        section.torn(exc)
-        _go_on(section, 1)
-        return exc
-
-
-def _go_on(section: Section, tears: int) -> BaseException | None:
-    try:
-        section.go_on()
+        _go_on(section)
     except BaseException as exc:
-        section.torn(exc)
-        if not tears:
-            raise
-        _go_on(section, tears - 1)
-        return exc
-    return None
+        # Between two lines of `_go_on()`; or it needs more of the stack than is left.
+        # Another thread that does the same meanwhile may leave the limit as much higher.
+        limit = getrecursionlimit()
+        setrecursionlimit(limit + FRAMES)
+        try:
+            section.note(exc)
+            _go_on(section, deep=True)
+        finally:
+            setrecursionlimit(limit)
+    return section.tore
+
+
+def _go_on(section: Section, *, deep: bool = False) -> None:
+    for _ in range(MAX_TEARS):
+        try:
+            section.go_on()
+            return
+        except BaseException as exc:
+            if isinstance(exc, RecursionError) and not deep:
+                raise
+            section.note(exc)
+    try:
+        section.give_up()
+    finally:
+        signalled = GATE.leave(section.shield)
+    tore = signalled or section.tore
+    assert tore is not None
+    raise tore

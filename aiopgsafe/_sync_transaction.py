@@ -7,6 +7,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast, overload
+from weakref import ref
 
 import psycopg
 from psycopg import pq
@@ -15,8 +16,8 @@ from psycopg.rows import Row, RowFactory
 from ._base_block import STATUS, BaseBlock
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
 from ._shield import GATE, Shield
-from ._sync_ending import Ending
-from ._sync_section import NO_LOOP, came_through, see_through
+from ._sync_ending import Ending, call_back
+from ._sync_section import NO_LOOP, Calls, came_through, see_through
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, Query
@@ -35,24 +36,29 @@ class Block(Generic[Row]):
 
     An exception from nowhere may come at the first bytecode of `__exit__()`, and nobody leaves the
     block then. But the ``with`` lets go of it, and that ends it: as with psycopg's, a generator.
+
+    It is a weak reference that sees it, which is gone where the block was left: a finaliser would
+    run each time, and what a signal's handler raises in one, Python can only print.
     """
 
     __module__ = "aiopgsafe"
-    __slots__ = ("_tx",)
+    __slots__ = ("__weakref__", "_tx")
 
     def __init__(self, tx: SyncTransaction[Row]) -> None:
         self._tx = tx
 
     def __enter__(self) -> SyncTransaction[Row]:
-        if self._tx._unit.state is not PENDING or self._tx._entered:
+        tx = self._tx
+        if tx._unit.state is not PENDING or tx._entered:
             raise TypeError("transaction blocks can be used only once")
         try:
-            tx = self._tx.__enter__()
+            tx._held = ref(self, tx._let_go)
+            tx.__enter__()
         except BaseException:
             try:
-                self._tx._abandon()  # it may have been entered already
+                tx._abandon()  # it may have been entered already
             except BaseException:
-                self._tx._abandon()
+                tx._abandon()
                 raise
             raise
         return tx
@@ -79,15 +85,6 @@ class Block(Generic[Row]):
 
         return in_block
 
-    def __del__(self) -> None:
-        tx = self._tx
-        if tx in tx._session._blocks:  # rarely: no call otherwise
-            try:
-                tx._abandon()
-            except BaseException:
-                tx._abandon()  # that was torn, too
-                raise
-
 
 class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     """A transaction block of `Connection.transaction()`: `Transaction`, for ``with``.
@@ -100,6 +97,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     _sent = False  # BEGIN or SAVEPOINT was, or is about to be
     _undone = False  # on the server; of a savepoint
     _releasing = b""  # that may wait already
+    _calls: Calls | None = None  # of those for a rollback; of a savepoint
+    _held: ref[Block[Any]] | None = None  # of the ``with`` that is to leave it
 
     @property
     def connection(self) -> psycopg.Connection[Any]:
@@ -215,6 +214,11 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     ) -> None:
         if iscoroutinefunction(fn):
             raise TypeError(f"{what} takes a plain function here: nobody would await {fn!r}")
+        if self._session._tpc is not None:
+            raise psycopg.NotSupportedError(
+                f"{what} in a two-phase transaction is for AsyncConnection: here nobody would call"
+                " it, tpc_commit() and tpc_rollback() are psycopg's own"
+            )
         super()._register(when, what, fn, args, kwargs)
 
     # Leaving
@@ -232,26 +236,38 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                 session: Any = self._session
                 session._end_pipeline()
                 return self._exit_savepoint(exc) if self._is_savepoint else self._exit(exc)
-            except BaseException:
-                self._exit_torn()
+            except BaseException as raised:
+                self._exit_torn(raised)
                 raise
-        except BaseException:
-            self._exit_torn()  # that was torn, too
+        except BaseException as raised:
+            self._exit_torn(raised)  # that was torn, too
             raise
 
     def _abandon(self) -> None:
         """Nobody will leave it, if it was entered and not left."""
         if self in self._session._blocks:
-            self._exit_torn()
+            self._exit_torn(None)
+        self._held = None
 
-    def _exit_torn(self) -> None:
-        """If it was before the end had begun, nothing is left, either."""
+    def _let_go(self, _: object) -> None:
+        try:
+            self._abandon()
+        except BaseException:
+            self._abandon()  # that was torn, too
+            raise
+
+    def _leave(self) -> None:
+        super()._leave()
+        self._held = None
+
+    def _exit_torn(self, exc: BaseException | None) -> None:
+        """If `exc` came before the end had begun, nothing is left, either."""
         if self._left or not self._entered:
             return
         if self._is_savepoint:
             self._undo_now()
             self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
-            self._call_back_undone()
+            self._call_back_undone(exc)
             self._leave()
         else:
             self._roll_back(None)
@@ -315,6 +331,7 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
     def _exit_savepoint(self, exc: BaseException | None) -> bool:
         session: Any = self._session
         swallowed = isinstance(exc, psycopg.Rollback) and exc.transaction in (None, self)
+        going_through = None if swallowed else exc
         if exc is not None:
             self._leave_torn(exc)
         error = self._nesting_error()
@@ -334,15 +351,18 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                     else self.Status.ROLLED_BACK_WITH_ERROR,
                 )
         except BaseException as raised:
+            going_through = raised
             if not self._released and self._state is ACTIVE:
                 self._undo_now()
                 self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
             self._mark(raised, lost)
             raise
         finally:
-            self._call_back_undone()
-            self._leave()
-            self._mark(exc, lost)
+            try:
+                self._call_back_undone(going_through)
+            finally:
+                self._leave()
+                self._mark(exc, lost)
         return swallowed
 
     def _release(self) -> None:
@@ -392,7 +412,10 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                 if not (self._is_savepoint and session._failed):  # what failed is never committed
                     session._drop(f"its rollback failed: {exc}")
 
-    def _call_back_undone(self) -> None:
+    def _call_back_undone(self, going_through: BaseException | None) -> None:
+        """May be torn, and called again."""
         if self._state is ROLLED_BACK:
-            for callback in self._unit.take(self):
-                callback.fn()
+            if self._calls is None:
+                self._calls = Calls(cb.fn for cb in self._unit.undone(self))
+            self._unit.take(self)
+            call_back("savepoint", ROLLED_BACK, self._calls, going_through)

@@ -121,6 +121,10 @@ class Unit:
             run = [cb for cb in taken if cb.when is self.state]
             self.callbacks = []
             return run
-        run = [cb for cb in taken if cb.owner is savepoint and cb.when is ROLLED_BACK]
+        run = self.undone(savepoint)
         self.callbacks = [cb for cb in taken if cb.owner is not savepoint]
         return run
+
+    def undone(self, savepoint: object) -> list[Callback]:
+        """The callbacks of a savepoint that are for its rollback."""
+        return [cb for cb in self.callbacks if cb.owner is savepoint and cb.when is ROLLED_BACK]

@@ -66,7 +66,7 @@ class Tear:
     def see(self, code: CodeType, offset: int) -> None:
         if code.co_filename in self._ignored or threading.get_ident() != self._ident:
             return
-        if code.co_name == "__del__":  # Python would ignore what is raised there
+        if code.co_name in ("__del__", "_let_go"):  # Python would ignore what is raised there
             return
         if offset in accounts(code) or (self._looks and offset not in places(code)):
             return

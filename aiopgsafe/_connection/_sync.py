@@ -18,8 +18,8 @@ from .._errors import mark_lost
 from .._outcome import COMMITTED, COMMITTING, UNKNOWN, TransactionState
 from .._resolver import Origin
 from .._shield import GATE, Shield
-from .._sync_ending import Ending
-from .._sync_section import NO_LOOP, see_through
+from .._sync_ending import Ending, call_back
+from .._sync_section import NO_LOOP, Calls, see_through
 from .._sync_transaction import Block, SyncTransaction
 from .._unit import Unit
 from ._asking import Reach, look_up
@@ -31,6 +31,8 @@ from ._sync_cursor import Cursor
 from ._together import drain_gen, over_gen, rest_gen
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from psycopg.abc import AdaptContext, PQGen
     from psycopg.pq.abc import PGconn
 
@@ -296,6 +298,8 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         """
         if self._num_transactions or self._tpc or self._pipeline:
             super().rollback()  # which refuses; or, in a pipeline, can't be torn so exactly
+            if not self._num_transactions:
+                self._rolled_back(TransactionState.ROLLED_BACK)
             return
         unit = self._begin_unit()
         ending = Ending(self, unit, commit=False, undo=True)
@@ -340,9 +344,26 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         """Close the connection. A transaction in progress is rolled back by the server."""
         was_closed = self.closed
         super().close()
-        unit, self._unit = self._unit, None
-        if not was_closed and unit is not None and unit.state is TransactionState.ACTIVE:
+        if not was_closed:
             prepared = self._tpc is not None and self._tpc[1]
-            unit.advance(UNKNOWN if prepared else TransactionState.ROLLED_BACK)
-            for callback in unit.take():
-                callback.fn()
+            self._rolled_back(UNKNOWN if prepared else TransactionState.ROLLED_BACK)
+
+    def _rolled_back(self, state: TransactionState) -> None:
+        """Not by an `Ending`. The callbacks are called."""
+        unit, self._unit = self._unit, None
+        if unit is not None and unit.state is TransactionState.ACTIVE:
+            unit.advance(state)
+            call_back("transaction", state, Calls(cb.fn for cb in unit.take()))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        try:
+            super().__exit__(exc_type, exc_val, exc_tb)
+        finally:
+            # Unlike psycopg also when COMMIT failed, or a signal came: nobody else will.
+            if not getattr(self, "_pool", None):
+                self.close()

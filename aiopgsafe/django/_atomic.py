@@ -61,6 +61,10 @@ class Hooks(Section):
     def torn(self, exc: BaseException) -> None:
         """What is to be known then is noted where a callback raises."""
 
+    def give_up(self) -> None:
+        """Those that are left are lost: they must not run in a later transaction."""
+        self._wrapper.run_on_commit = []
+
     def _run(self) -> None:
         if not self._taken:
             self._wrapper.run_on_commit = []
@@ -137,6 +141,16 @@ class Leaving(Section):
         if not self._begun:
             self._given = type(exc), exc, exc.__traceback__  # no COMMIT begins any more
         self.raised = self.raised or self._first(exc)
+
+    def give_up(self) -> None:
+        """The connection is closed, and this block is left."""
+        wrapper = self._wrapper
+        del wrapper.atomic_blocks[len(self._blocks) :]
+        del wrapper.savepoint_ids[len(self._savepoints) :]
+        wrapper.in_atomic_block = self._in_block
+        while self in wrapper._leaving:
+            wrapper._leaving.remove(self)
+        wrapper.close()
 
     def _first(self, exc: BaseException) -> BaseException:
         """What tore it, if `exc` is an error that Django has for it: of an exit half done."""

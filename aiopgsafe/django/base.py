@@ -48,6 +48,8 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._leaving: list[Leaving] = []
+        # Callbacks of what was committed, and torn, where the program manages transactions.
+        self._kept: list[Any] = []
 
     def get_connection_params(self) -> dict[str, Any]:
         """Django's, with cursors of ours in place of its own."""
@@ -80,7 +82,13 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             if unit is not None and unit.state is COMMITTED:
                 self.errors_occurred = False
                 self.run_commit_hooks_on_set_autocommit_on = True
+                self._kept = self.run_on_commit
             raise
+
+    def rollback(self) -> None:
+        """Roll back. A program does so when its `commit()` was torn, though it has committed."""
+        super().rollback()
+        self.run_on_commit = [*self._kept]
 
     def run_and_clear_commit_hooks(self) -> None:
         """Run the callbacks of the transaction that was committed."""
@@ -92,6 +100,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             hooks = Hooks(self, self.run_on_commit)
             if leaving is not None and not nested:
                 leaving.hooks = hooks
+        self._kept = []
         if hooks.over:
             return
         torn = see_through(hooks)
