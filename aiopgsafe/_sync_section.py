@@ -199,9 +199,12 @@ FRAMES = 200
 
 
 def see_through(section: Section) -> BaseException | None:
-    """Have it come to its end, however often it is torn; what tore it first."""
+    """Have it come to its end, however often it is torn; what tore it first.
+
+    Raises that if it can't come to its end, when it has given up.
+    """
     try:
-        _go_on(section)
+        whole = _go_on(section)
     except BaseException as exc:
         # Between two lines of `_go_on()`; or it needs more of the stack than is left.
         # Another thread that does the same meanwhile may leave the limit as much higher.
@@ -209,25 +212,27 @@ def see_through(section: Section) -> BaseException | None:
         setrecursionlimit(limit + FRAMES)
         try:
             section.note(exc)
-            _go_on(section, deep=True)
+            whole = _go_on(section, deep=True)
         finally:
             setrecursionlimit(limit)
-    return section.tore
+    tore = section.tore
+    if not whole and tore is not None:
+        try:
+            section.give_up()
+        finally:
+            signalled = GATE.leave(section.shield)
+        raise signalled or tore
+    return tore
 
 
-def _go_on(section: Section, *, deep: bool = False) -> None:
+def _go_on(section: Section, *, deep: bool = False) -> bool:
+    """Whether it has come to its end."""
     for _ in range(MAX_TEARS):
         try:
             section.go_on()
-            return
+            return True
         except BaseException as exc:
             if isinstance(exc, RecursionError) and not deep:
                 raise
             section.note(exc)
-    try:
-        section.give_up()
-    finally:
-        signalled = GATE.leave(section.shield)
-    tore = signalled or section.tore
-    assert tore is not None
-    raise tore
+    return False
