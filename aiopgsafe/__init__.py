@@ -11,10 +11,11 @@ from ._errors import (
     Draining,
     safe_to_retry,
 )
-from ._listener import Gap
+from ._listener import Gap, Subscription
 from ._outcome import TransactionState
 from ._pool import AsyncConnectionPool
 from ._retry import Retry
+from ._sync_transaction import SyncTransaction
 from ._transaction import Transaction
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Notify",
     "Retry",
     "Rollback",
+    "Subscription",
+    "SyncTransaction",
     "Transaction",
     "TransactionState",
     "resolve_commit",

@@ -231,7 +231,18 @@ class Database(Generic[Row]):
         retry: Retry | None = None,
     ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]: ...
 
-    def atomic(self, fn: Any = None, /, **options: Any) -> Any:
+    def atomic(
+        self,
+        fn: Any = None,
+        /,
+        *,
+        isolation_level: IsolationLevel | int | None = None,
+        read_only: bool | None = None,
+        deferrable: bool | None = None,
+        commit_token: bool | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+    ) -> Any:
         """Decorate an async function: each call of it is a `transaction()`, with these options.
 
         ``@db.atomic`` or ``@db.atomic(isolation_level=...)``. What it calls through the
@@ -243,9 +254,15 @@ class Database(Generic[Row]):
 
         Raises `TypeError` for what is no async function.
         """
-        retry = options.pop("retry", None)
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"retry is a Retry, not {type(retry).__name__}")
+        options: dict[str, Any] = {
+            "isolation_level": isolation_level,
+            "read_only": read_only,
+            "deferrable": deferrable,
+            "commit_token": commit_token,
+            "timeout": timeout,
+        }
         self.transaction(**options)  # what is wrong with them is wrong now
         decorate: Callable[[Any], Any] = partial(self._atomic, retry=retry, **options)
         return decorate if fn is None else decorate(fn)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 
 import aiopgsafe
@@ -309,6 +310,13 @@ def test_a_connection_whose_commit_raises_is_closed_by_its_with(dsn: str, pooled
         conn.execute("insert into t values (1), (1)")
     assert conn.closed is not pooled
     conn.close()
+
+
+@pytest.mark.parametrize("value", [-1, "10", None])
+def test_a_timeout_that_is_none_names_the_setting(dsn: str, value: Any) -> None:
+    wrapper = connect(dsn, commit_timeout=value)
+    with pytest.raises(ImproperlyConfigured, match="OPTIONS of database 'default': commit_timeout"):
+        wrapper.ensure_connection()
 
 
 def test_a_torn_commit_by_hand_keeps_its_callbacks(

@@ -31,7 +31,10 @@ def check_sizes(min_size: int, max_size: int | None) -> tuple[int, int]:
     if min_size < 0:
         raise ValueError("min_size cannot be negative")
     if max_size < min_size:
-        raise ValueError("max_size must be greater or equal than min_size")
+        raise ValueError(
+            f"max_size must be greater or equal than min_size: {max_size} < {min_size}"
+            " (4 if it isn't given)"
+        )
     if min_size == max_size == 0:
         raise ValueError("if min_size is 0 max_size must be greater than 0")
     return min_size, max_size

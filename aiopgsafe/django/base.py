@@ -6,9 +6,11 @@ from types import ModuleType
 from typing import Any
 
 import psycopg
+from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.postgresql import base
 
 from .._connection import Connection
+from .._connection._connecting import check_timeout
 from .._connection._sync_cursor import SyncRider
 from .._outcome import COMMITTED
 from .._sync_section import see_through
@@ -32,6 +34,8 @@ DRIVER = ModuleType("psycopg")
 
 DRIVER.__dict__.update(vars(psycopg), connect=Connection.connect)
 
+TIMEOUTS = {"commit_timeout", "cancel_timeout", "statement_timeout"}
+
 CURSORS = {base.Cursor: Cursor, base.ServerBindingCursor: ServerBindingCursor}
 
 
@@ -54,6 +58,11 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
     def get_connection_params(self) -> dict[str, Any]:
         """Django's, with cursors of ours in place of its own."""
         params: dict[str, Any] = super().get_connection_params()
+        for name in TIMEOUTS & params.keys():
+            try:
+                check_timeout(name, params[name])
+            except (TypeError, ValueError) as exc:
+                raise ImproperlyConfigured(f"OPTIONS of database {self.alias!r}: {exc}") from exc
         params["cursor_factory"] = CURSORS.get(params["cursor_factory"], params["cursor_factory"])
         return params
 
