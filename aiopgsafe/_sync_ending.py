@@ -200,6 +200,8 @@ class Ending(Section):
             self.tore.add_note(f"aiopgsafe: the transaction is {unit.state.value}")
         self._on_ended()
         self._conn._settled(unit)
+        calls = self._calls or Calls(cb.fn for cb in unit.take())
+        call_back("transaction", unit.state, calls, self.tore)
 
     def finish(self, torn: BaseException | None) -> None:
         """Raise what is to be raised.
@@ -342,6 +344,12 @@ def call_back(
     going_through: BaseException | None = None,
 ) -> None:
     """Call what is left of `calls`, and raise what is to be raised: see `let_through()`."""
-    calls.call_all()
-    if calls.raised:
-        let_through(what, outcome, calls.stopping, None, calls.errors, going_through)
+    torn: BaseException | None = None
+    try:
+        calls.call_all()
+    except BaseException as exc:  # between two of them
+        torn = exc
+        calls.call_all()
+    held = torn or calls.stopping
+    if held is not None or calls.errors:
+        let_through(what, outcome, held, None, calls.errors, going_through)

@@ -267,8 +267,10 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
         if self._is_savepoint:
             self._undo_now()
             self._end_as(ROLLED_BACK, self.Status.ROLLED_BACK_WITH_ERROR)
-            self._call_back_undone(exc)
-            self._leave()
+            try:
+                self._call_back_undone(exc)
+            finally:
+                self._leave()
         else:
             self._roll_back(None)
 
@@ -413,8 +415,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                     session._drop(f"its rollback failed: {exc}")
 
     def _call_back_undone(self, going_through: BaseException | None) -> None:
-        """May be torn, and called again."""
         if self._state is ROLLED_BACK:
+            # Torn before they are taken, it is called again.
             if self._calls is None:
                 self._calls = Calls(cb.fn for cb in self._unit.undone(self))
             self._unit.take(self)

@@ -161,11 +161,15 @@ def accounts(code: CodeType) -> frozenset[int]:
     These can't raise, so Python is not prepared: the exception of a handler that is torn there
     counts as being handled for the rest of the thread, and each later one has it as its context.
     """
-    return frozenset(
-        instruction.offset
-        for instruction in dis.get_instructions(code)
-        if instruction.opname in ("PUSH_EXC_INFO", "POP_EXCEPT")
-    )
+    found = set()
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("PUSH_EXC_INFO", "POP_EXCEPT"):
+            found.add(instruction.offset)
+            if before is not None and before.opname == "COPY":
+                found.add(before.offset)  # of what is handled, on its way out
+        before = instruction
+    return frozenset(found)
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from typing import Any
 import psycopg
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections, transaction
+from django.db import transaction
 
 import aiopgsafe
 from aiopgsafe import Connection, TransactionState
 from aiopgsafe._sync_ending import Ending
+from aiopgsafe._sync_section import Calls
 from aiopgsafe.django._atomic import Leaving
 from aiopgsafe.testing import FaultProxy
-from tests.tearing import Stop, handling, see_calls
+from tests.tearing import Stop, Tear, handling, ignore_unraisable, see_calls
 from tests.test_django import connect, ids, insert
 
 Admin = psycopg.Connection[Any]
@@ -266,6 +267,53 @@ def test_what_a_savepoints_callbacks_raise_hides_nothing(
     assert ids(conn) == [1]
 
 
+def test_a_savepoint_that_is_let_go_is_left_whatever_its_callbacks_raise(
+    conn: Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", ignore_unraisable)
+    with conn.transaction():
+        conn.execute("insert into t values (1)")
+        block = conn.transaction()
+        block.__enter__().on_rollback(fail, None)
+        conn.execute("insert into t values (2)")
+        del block
+        conn.execute("insert into t values (3)")
+    assert ids(conn) == [1, 3]
+
+
+def test_a_signal_between_two_callbacks_of_a_savepoint_loses_none(
+    conn: Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    places = 0
+    while len(called) == 2 * places:
+        places += 1
+        tear = Tear(places, partial(signal.raise_signal, signal.SIGTERM), None, __file__)
+        call_all = Calls.call_all
+
+        def torn(calls: Calls, tear: Tear = tear, call_all: Any = call_all) -> None:
+            if tear.count:  # called again
+                call_all(calls)
+                return
+            tear.start()
+            try:
+                call_all(calls)
+            finally:
+                tear.stop()
+
+        with monkeypatch.context() as patch, handling(Stop), suppress(Stop, KeyError):
+            patch.setattr(Calls, "call_all", torn)
+            with conn.transaction(), conn.transaction() as savepoint:
+                savepoint.on_rollback(called.append, "a")
+                savepoint.on_rollback(called.append, "b")
+                conn.execute("select 1")
+                raise KeyError
+        if not tear.where:
+            break
+    assert places > 20
+    assert called == ["a", "b"] * places
+
+
 def test_a_closed_connection_calls_all_that_waited_for_the_rollback(dsn: str) -> None:
     called: list[str] = []
     conn = Connection.connect(dsn)
@@ -338,4 +386,24 @@ def test_a_torn_commit_by_hand_keeps_its_callbacks(
         finally:
             transaction.set_autocommit(True)
     assert (ids(admin), called) == ([1], [1])
-    assert connections["default"].run_on_commit == []
+    assert wrapper.run_on_commit == []
+
+
+def test_and_no_others(wrapper: Any, admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def work(i: int) -> None:
+        with transaction.atomic():
+            insert(i)
+            transaction.on_commit(partial(called.append, i))
+
+    transaction.set_autocommit(False)
+    work(1)
+    commit = wrapper._commit
+    with monkeypatch.context() as patch, handling(Stop) as send, pytest.raises(Stop):
+        patch.setattr(wrapper, "_commit", lambda: (commit(), send()))
+        transaction.commit()
+    work(2)
+    transaction.rollback()
+    transaction.set_autocommit(True)
+    assert (ids(admin), called) == ([1], [1])

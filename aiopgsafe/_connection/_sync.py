@@ -365,5 +365,5 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             super().__exit__(exc_type, exc_val, exc_tb)
         finally:
             # Unlike psycopg also when COMMIT failed, or a signal came: nobody else will.
-            if not getattr(self, "_pool", None):
+            if not self.closed and not getattr(self, "_pool", None):
                 self.close()

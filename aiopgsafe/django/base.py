@@ -91,13 +91,18 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             if unit is not None and unit.state is COMMITTED:
                 self.errors_occurred = False
                 self.run_commit_hooks_on_set_autocommit_on = True
-                self._kept = self.run_on_commit
+                self._kept = [*self.run_on_commit]
             raise
 
     def rollback(self) -> None:
         """Roll back. A program does so when its `commit()` was torn, though it has committed."""
         super().rollback()
         self.run_on_commit = [*self._kept]
+
+    def close(self) -> None:
+        """Close the connection. Callbacks that have not been called never will be."""
+        self._kept = []
+        super().close()
 
     def run_and_clear_commit_hooks(self) -> None:
         """Run the callbacks of the transaction that was committed."""
