@@ -25,24 +25,28 @@ class Service:
     """
 
     def __init__(self, kind: str, app: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.base = f"http://127.0.0.1:{self.port}"
-        if kind == "hypercorn-trio":
-            command = ["hypercorn", "-k", "trio", "-b", f"127.0.0.1:{self.port}", app]
-            command += ["--graceful-timeout", "5"]
-        else:
-            command = ["uvicorn", "--port", str(self.port), "--loop", kind.partition("-")[2]]
-            command += ["--no-access-log", "--timeout-graceful-shutdown", "5", app]
         self.log = TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},
-            cwd=ROOT,
-            stdout=self.log,
-            stderr=self.log,
-            process_group=0,
-        )
+        # It inherits the socket: a port that is only known to be free may be taken by another
+        # test's program before it binds to it.
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.port = listening.getsockname()[1]
+            fd = listening.fileno()
+            if kind == "hypercorn-trio":
+                command = ["hypercorn", "-k", "trio", "-b", f"fd://{fd}", app]
+                command += ["--graceful-timeout", "5"]
+            else:
+                command = ["uvicorn", "--fd", str(fd), "--loop", kind.partition("-")[2]]
+                command += ["--no-access-log", "--timeout-graceful-shutdown", "5", app]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},
+                cwd=ROOT,
+                stdout=self.log,
+                stderr=self.log,
+                process_group=0,
+                pass_fds=[fd],
+            )
+        self.base = f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> None:
         deadline = monotonic() + 20
