@@ -284,8 +284,9 @@ class SignalGate:
         if shields:
             # One loop runs in the main thread: sections of another were stranded
             # in it when it was stopped.
-            for stranded in [s for s in shields if not s.loop.running]:
-                shields.discard(stranded)
+            for other in tuple(shields):
+                if not other.loop.running:
+                    shields.discard(other)
         if self._pending and shields and not at_once and running_call() is None:
             return False
         if not shields:

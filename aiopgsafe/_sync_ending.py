@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from math import inf
@@ -53,26 +53,25 @@ IDLE = pq.TransactionStatus.IDLE
 IN_FLIGHT = pq.TransactionStatus.ACTIVE
 OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
+AT_ONCE = (False,)
+"""The argument of a lock's `acquire()` that doesn't wait."""
 
 
 class Exchange:
     """A command that is sent to the server, and all of its results.
 
-    :param note: takes what handlers of notifications raise, which come with the results.
     :ivar loss: what kept the results from coming.
     """
 
-    def __init__(
-        self, conn: Any, *commands: bytes, note: Callable[[BaseException], object]
-    ) -> None:
+    loss: Exception | None = None
+    _sending = False
+
+    def __init__(self, conn: Any, commands: Sequence[bytes]) -> None:
         self.results: list[PGresult] = []
-        self.loss: Exception | None = None
         self.until = monotonic() + conn.commit_timeout
         self._conn = conn
         self._pgconn = conn.pgconn
         self._commands = commands
-        self._note = note
-        self._sending = False
 
     @property
     def sent(self) -> bool:
@@ -81,8 +80,11 @@ class Exchange:
             return False
         return bool(self.results) or self._pgconn.transaction_status not in OPEN
 
-    def go_on(self, shield: Shield) -> None:
-        """Send it, and wait for all results. Each step may be torn, and is taken again."""
+    def go_on(self, shield: Shield, note: Callable[[BaseException], object]) -> None:
+        """Send it, and wait for all results. Each step may be torn, and is taken again.
+
+        :param note: takes what handlers of notifications raise, which come with the results.
+        """
         try:
             if self._pgconn.pipeline_status:
                 self._in_pipeline()
@@ -90,7 +92,7 @@ class Exchange:
             if self.loss is None and not self.sent:
                 self._sending = True
                 self._pgconn.send_query(b";".join(self._commands))
-            self._collect(shield)
+            self._collect(shield, note)
         except (psycopg.Error, Expired) as exc:
             self.loss = exc
 
@@ -102,12 +104,13 @@ class Exchange:
         if not self.results:
             self.results.append(self._conn._wait(self._conn._commands_gen(self._commands)))
 
-    def _collect(self, shield: Shield) -> None:
+    def _collect(self, shield: Shield, note: Callable[[BaseException], object]) -> None:
         pgconn, results = self._pgconn, self.results
+        flushing = True
         while pgconn.status == OK:
-            flushing = pgconn.flush()
+            flushing = flushing and bool(pgconn.flush())
             if flushing or pgconn.is_busy():
-                self._wait(shield, bool(flushing))
+                self._wait(shield, flushing)
                 pgconn.consume_input()
                 continue
             before = len(results)
@@ -120,7 +123,7 @@ class Exchange:
                 deque(map(pgconn.notify_handler, iter(pgconn.notifies, None)), 0)
                 return
             except BaseException as exc:  # one of many: the others have to be told
-                self._note(exc)
+                note(exc)
 
     def _wait(self, shield: Shield, flushing: bool) -> None:
         left = min(self.until, shield.until) - monotonic()
@@ -144,6 +147,17 @@ class Ending(Section):
     :ivar loss: of the connection, at or before a ROLLBACK: the server has rolled back.
     """
 
+    going_through: BaseException | None = None
+    loss: Exception | None = None
+    _came: BaseException | None = None  # before COMMIT was sent
+    _error: Exception | None = None
+    _ended = False
+    _unlockable = False
+    _committing: Exchange | None = None
+    _rolling: Exchange | None = None
+    _asked: Thinking[tuple[TransactionState, str]] | None = None
+    _calls: Calls | None = None
+
     def __init__(
         self,
         conn: Any,
@@ -151,25 +165,15 @@ class Ending(Section):
         *,
         commit: bool,
         undo: bool = False,
-        on_ended: Callable[[], None] = lambda: None,
+        on_ended: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.going_through: BaseException | None = None
-        self.loss: Exception | None = None
         self._conn = conn
         self._unit = unit
         self._commit = commit
         self._undo = undo
         self._on_ended = on_ended
-        self._came: BaseException | None = None  # before COMMIT was sent
-        self._error: Exception | None = None
-        self._ended = False
         self._locked: list[bool] = []
-        self._unlockable = False
-        self._committing: Exchange | None = None
-        self._rolling: Exchange | None = None
-        self._asked: Thinking[tuple[TransactionState, str]] | None = None
-        self._calls: Calls | None = None
 
     def _step(self) -> None:
         if not self._ended:
@@ -198,7 +202,8 @@ class Ending(Section):
         self._settle(UNKNOWN if unit.state is COMMITTING else ROLLED_BACK)
         if self.tore is not None:
             self.tore.add_note(f"aiopgsafe: the transaction is {unit.state.value}")
-        self._on_ended()
+        if self._on_ended is not None:
+            self._on_ended()
         self._conn._settled(unit)
         calls = self._calls or Calls(cb.fn for cb in unit.take())
         call_back("transaction", unit.state, calls, self.tore)
@@ -208,10 +213,14 @@ class Ending(Section):
 
         :param torn: what `see_through()` returned.
         """
-        calls = self._calls or Calls(())
-        held = self._came or torn or calls.stopping or self.signalled
-        if self.signalled is not None and isinstance(self._came, psycopg.Error):
-            held, self._error = self.signalled, self._came
+        signalled, calls = self.signalled, self._calls
+        if calls is None:
+            if signalled is torn is self._came is self._error is None:
+                return  # as nearly always
+            calls = Calls(())
+        held = self._came or torn or calls.stopping or signalled
+        if signalled is not None and isinstance(self._came, psycopg.Error):
+            held, self._error = signalled, self._came
         errors, outcome = calls.errors, self._unit.state
         if held is None and self._error is None and not errors:
             return
@@ -225,6 +234,14 @@ class Ending(Section):
     def _lock(self) -> None:
         """Another thread may have it for as long as its statement takes, as with psycopg."""
         conn = self._conn
+        if not self._locked:
+            self._locked.extend(map(conn.lock.acquire, AT_ONCE))
+        if not any(self._locked):
+            self._wait_for_lock()
+        conn._driver = get_ident()
+
+    def _wait_for_lock(self) -> None:
+        conn = self._conn
         acquire = partial(conn.lock.acquire, True, SLICE)
         until = monotonic() + conn.commit_timeout
         while not (self._unlockable or any(self._locked)):
@@ -237,7 +254,6 @@ class Ending(Section):
                 conn._drop("the connection was busy when its transaction had to end")
                 return
             self._locked.extend(map(call, (acquire,)))
-        conn._driver = get_ident()
 
     def _unlock(self) -> None:
         if any(self._locked):
@@ -250,9 +266,9 @@ class Ending(Section):
         if self._commit:
             if self._committing is None:
                 commands = conn._before_commit(unit, self._undo)  # may raise: see `torn()`
-                self._committing = Exchange(conn, *commands, note=self.note) if commands else None
+                self._committing = Exchange(conn, commands) if commands else None
             if self._committing is not None:
-                self._committing.go_on(self.shield)
+                self._committing.go_on(self.shield, self.note)
                 verdict = self._verdict(self._committing)
                 self._settle(COMMITTING)
                 self._settle(verdict.state)
@@ -261,7 +277,8 @@ class Ending(Section):
                     conn._drop("nobody knows what became of its transaction")
         if conn._failed if self._commit else (unit.state is ACTIVE or conn._in_transaction):
             self._roll_back()
-        self._on_ended()
+        if self._on_ended is not None:
+            self._on_ended()
         conn._settled(unit)
         self._ended = True
 
@@ -274,6 +291,8 @@ class Ending(Section):
     def _verdict(self, committing: Exchange) -> Verdict:
         """By what has come; asked for where that doesn't tell. Again the same, if it is torn."""
         verdict = self._told(committing)
+        if verdict is IS_COMMITTED:
+            return verdict
         ticket = self._unit.sent_ticket if verdict.state is UNKNOWN else None
         if ticket is None or self._unit.prepared or self.shield.insisted:
             return verdict
@@ -293,6 +312,8 @@ class Ending(Section):
 
     def _told(self, committing: Exchange) -> Verdict:
         results, loss = committing.results, committing.loss
+        if loss is None and results and results[-1].command_status == b"COMMIT":
+            return IS_COMMITTED
         for result in results:
             if result.status == FATAL_ERROR:
                 encoding = self._conn.pgconn._encoding
@@ -312,11 +333,11 @@ class Ending(Section):
         conn._forget_queue()  # BEGIN, if nothing was executed; RELEASE, which it makes superfluous
         if self._rolling is None:
             conn._come_to_rest()
-            self._rolling = Exchange(conn, b"ROLLBACK", note=self.note)
+            self._rolling = Exchange(conn, [b"ROLLBACK"])
         if conn.closed:
             self.loss = self.loss or psycopg.OperationalError("the connection is closed")
         elif conn._in_transaction or self._rolling.sent:
-            self._rolling.go_on(self.shield)
+            self._rolling.go_on(self.shield, self.note)
             if self._rolling.loss is not None:
                 self.loss = self._rolling.loss
                 conn._drop(f"no answer to ROLLBACK: {self._rolling.loss!r}")
@@ -328,12 +349,12 @@ class Ending(Section):
     # Callbacks
 
     def _call_back(self) -> None:
-        state = self._unit.state
-        if self._calls is None and state is not ACTIVE:
-            self._calls = Calls(cb.fn for cb in self._unit.callbacks if cb.when is state)
+        state, callbacks = self._unit.state, self._unit.callbacks
         if self._calls is None:
-            return
-        self._unit.callbacks.clear()
+            if not callbacks or state is ACTIVE:
+                return
+            self._calls = Calls(cb.fn for cb in callbacks if cb.when is state)
+        callbacks.clear()
         self._calls.call_all()
 
 

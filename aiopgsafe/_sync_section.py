@@ -90,10 +90,12 @@ class Section(ABC):
     :ivar tore: what has torn it first.
     """
 
+    # What hardly any instance ever sets costs none of them anything.
+    tore: BaseException | None = None
+    _over = False
+
     def __init__(self) -> None:
         self.shield = Shield(NO_LOOP)
-        self.tore: BaseException | None = None
-        self._over = False
         self._signalled: list[BaseException | None] = []
 
     def go_on(self) -> None:
@@ -128,7 +130,10 @@ class Section(ABC):
     @property
     def signalled(self) -> BaseException | None:
         """What a handler raised that was deferred."""
-        return next((exc for exc in self._signalled if exc is not None), None)
+        for exc in self._signalled:
+            if exc is not None:
+                return exc
+        return None
 
 
 class Calls:
@@ -204,9 +209,16 @@ def see_through(section: Section) -> BaseException | None:
     Raises that if it can't come to its end, when it has given up.
     """
     try:
-        whole = _go_on(section)
+        try:
+            section.go_on()
+            return section.tore
+        except RecursionError:
+            raise
+        except BaseException as exc:
+            section.note(exc)
+            whole = _go_on(section)
     except BaseException as exc:
-        # Between two lines of `_go_on()`; or it needs more of the stack than is left.
+        # Between two lines of this; or it needs more of the stack than is left.
         # Another thread that does the same meanwhile may leave the limit as much higher.
         limit = getrecursionlimit()
         setrecursionlimit(limit + FRAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from functools import partial
 from threading import get_ident
 from time import monotonic
@@ -47,6 +48,8 @@ RV = TypeVar("RV")
 OK = pq.ConnStatus.OK
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
+INTRANS = pq.TransactionStatus.INTRANS
+ONLY_COMMIT = [b"COMMIT"]
 OF_COPY = ("copy_from", "copy_to", "copy_end")
 """Generators of a COPY that has begun."""
 
@@ -242,6 +245,15 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             logger.warning("closing %s: %s", self, reason)
             self.pgconn.finish()
 
+    def set_autocommit(self, value: bool) -> None:
+        """Method version of the `autocommit` setter: psycopg's."""
+        with self.lock:
+            gen = self._set_autocommit_gen(value)
+            if self._pipeline:
+                self.wait(gen)
+            else:
+                deque(gen, 0)  # it waits for nothing then, and only says whether it may
+
     # Ending transactions
 
     def _forget_prepared(self) -> None:
@@ -254,12 +266,29 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
 
     def _before_commit(self, unit: Unit, of_block: bool) -> list[bytes]:
         """What COMMIT is sent by; nothing if nothing was executed."""
+        if self._only_commits(unit, of_block):
+            self._clear_queue()  # RELEASE
+            return ONLY_COMMIT
         try:
             return self._wait(self._before_ending_gen(unit, of_block))
         except errors.TransactionResolutionUnknown:
             if unit.state is COMMITTING:
                 unit.advance(UNKNOWN)
             raise
+
+    def _only_commits(self, unit: Unit, of_block: bool) -> bool:
+        """Whether there is nothing to ask before COMMIT, nor to send with it, nor to refuse.
+
+        As nearly always; `_before_ending_gen()` would come to the same, more slowly.
+        """
+        return (
+            self.pgconn.transaction_status == INTRANS
+            and unit.token is None
+            and (unit.origin is not None or self._writes is False or not self._origin)
+            and not (self._limited or self._undoing or self._unbegun or self._pipeline)
+            and self._begin_waits is None
+            and (of_block or not (self._blocks or self._num_transactions or self._tpc))
+        )
 
     def _before_ending_gen(self, unit: Unit, of_block: bool) -> PQGen[list[bytes]]:
         if of_block:
