@@ -365,16 +365,18 @@ DOOR = 7
 @pytest.fixture
 def start_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from aiopgsafe._sync_ending import Ending
-    from aiopgsafe.django._atomic import Hooks, Leaving
+    from aiopgsafe._sync_section import Calls
+    from aiopgsafe.django._atomic import Leaving, Running
 
-    for section in (Hooks, Ending, Leaving):
-        torn = section.torn
+    # Where what has torn them is handled.
+    for cls, name in ((Running, "torn"), (Ending, "torn"), (Leaving, "torn"), (Calls, "note")):
+        handle = getattr(cls, name)
 
-        def torn_again(self: Any, exc: BaseException, torn: Any = torn) -> None:
+        def handle_again(self: Any, exc: BaseException, handle: Any = handle) -> object:
             TEARS[threading.get_ident()].start_again()
-            torn(self, exc)
+            return handle(self, exc)
 
-        monkeypatch.setattr(section, "torn", torn_again)
+        monkeypatch.setattr(cls, name, handle_again)
     monkeypatch.setattr(sys, "unraisablehook", ignore_unraisable)
     yield
     TEARS.clear()

@@ -28,42 +28,37 @@ from django.db.transaction import Atomic, TransactionManagementError, get_connec
 from .._outcome import COMMITTED
 from .._sync_section import Calls, Section, came_through, see_through
 
-__all__ = ["Hooks", "Leaving", "install"]
+__all__ = ["Hooks", "Leaving", "Running", "install"]
 
 logger = logging.getLogger("django.db.backends.base")
 
 
-class Hooks(Section):
-    """Runs a transaction's callbacks, as Django does: each once, wherever it is torn.
+class Hooks:
+    """A transaction's callbacks, to be run as Django does: each once, wherever it is torn.
 
     :param hooks: of `BaseDatabaseWrapper.run_on_commit`.
+
+    :ivar over: whether all have run that are to.
+    :ivar raised: what a callback raised.
     """
 
-    def __init__(self, wrapper: Any, hooks: Iterable[Any]) -> None:
-        super().__init__()
-        hooks = tuple(hooks)
-        self._wrapper = wrapper
-        self._fns = [fn for _, fn, _ in hooks]
-        self._robust = [robust for _, _, robust in hooks]
-        self._calls = Calls(self._fns)
-        self._taken = False
-        self.running = False
-        self.raised: BaseException | None = None
-        """What a callback raised."""
+    over = running = False
+    raised: BaseException | None = None
+    _taken = False
 
-    def _step(self) -> None:
+    def __init__(self, wrapper: Any, hooks: Iterable[Any]) -> None:
+        self._wrapper = wrapper
+        self._hooks = [*hooks]  # with their savepoints, and whether errors are logged
+        self._calls = Calls([fn for _, fn, _ in self._hooks])
+
+    def run(self) -> None:
+        """May be torn, and called again."""
         self.running = True
         try:
             self._run()
+            self.over = True
         finally:
             self.running = False
-
-    def torn(self, exc: BaseException) -> None:
-        """What is to be known then is noted where a callback raises."""
-
-    def give_up(self) -> None:
-        """Those that are left are lost: they must not run in a later transaction."""
-        self._wrapper.run_on_commit = []
 
     def _run(self) -> None:
         if not self._taken:
@@ -73,14 +68,33 @@ class Hooks(Section):
             try:
                 self._calls.call_next()
             except BaseException as exc:
-                number = self._calls.note(exc)
+                _, fn, robust = self._hooks[self._calls.note(exc)]
                 if not isinstance(exc, Exception):
                     self.raised = self.raised or exc  # it stops the program, not the others
-                elif self._robust[number]:
-                    log_error(self._fns[number], exc)
+                elif robust:
+                    log_error(fn, exc)
                 else:
                     self.raised = self.raised or exc
                     self._calls.left.clear()  # those after it don't run: Django's documentation
+
+
+class Running(Section):
+    """Runs callbacks where no block is left: the program manages its transactions itself."""
+
+    def __init__(self, hooks: Hooks, wrapper: Any) -> None:
+        super().__init__()
+        self._hooks = hooks
+        self._wrapper = wrapper
+
+    def _step(self) -> None:
+        self._hooks.run()
+
+    def torn(self, exc: BaseException) -> None:
+        """What is to be known then is noted where a callback raises."""
+
+    def give_up(self) -> None:
+        """Those that are left are lost: they must not run in a later transaction."""
+        self._wrapper.run_on_commit = []
 
 
 def log_error(fn: object, exc: BaseException) -> None:
@@ -91,7 +105,15 @@ def log_error(fn: object, exc: BaseException) -> None:
 
 
 class Leaving(Section):
-    """One block's exit."""
+    """One block's exit.
+
+    :ivar raised: what came out of it first.
+    :ivar hooks: what it runs, as soon as it is committed.
+    """
+
+    raised: BaseException | None = None
+    hooks: Hooks | None = None
+    _begun = False
 
     def __init__(
         self,
@@ -102,27 +124,25 @@ class Leaving(Section):
         tb: TracebackType | None,
     ) -> None:
         super().__init__()
-        self.raised: BaseException | None = None
-        """What came out of it first."""
         self._atomic = atomic
         self._wrapper = wrapper
         self._given = exc_type, exc, tb
-        if forget_torn(atomic, wrapper, exc) and exc is None:
+        blocks, savepoints = wrapper.atomic_blocks, wrapper.savepoint_ids
+        on_top = bool(blocks) and blocks[-1] is atomic
+        if not on_top and forget_torn(atomic, wrapper, exc) and exc is None:
             self.raised = error = TransactionManagementError(
                 "a block inside this one was never left: an exception had come before its end"
             )
             self._given = type(error), error, None
         self._handled = sys.exc_info()[1]  # around it
-        self._begun = False
-        self._outermost = not wrapper.savepoint_ids
-        # As they are afterwards.
-        self._blocks = wrapper.atomic_blocks[:-1] if wrapper.in_atomic_block else []
-        self._savepoints = wrapper.savepoint_ids[:-1]
+        self._outermost = not savepoints
+        # As it is afterwards; how many are left of the others.
         self._in_block = not self._outermost
-        if len(wrapper.savepoint_ids) == 1 and not wrapper.commit_on_exit:
+        self._blocks = max(len(blocks) - 1, 0) if wrapper.in_atomic_block else 0
+        self._savepoints = max(len(savepoints) - 1, 0)
+        if len(savepoints) == 1 and not wrapper.commit_on_exit:
             self._in_block = False  # a transaction that the program manages itself
         self._unit = getattr(wrapper.connection, "_unit", None)
-        self.hooks: Hooks | None = None
 
     def _step(self) -> None:
         leaving = self._wrapper._leaving
@@ -145,8 +165,8 @@ class Leaving(Section):
     def give_up(self) -> None:
         """The connection is closed, and this block is left."""
         wrapper = self._wrapper
-        del wrapper.atomic_blocks[len(self._blocks) :]
-        del wrapper.savepoint_ids[len(self._savepoints) :]
+        del wrapper.atomic_blocks[self._blocks :]
+        del wrapper.savepoint_ids[self._savepoints :]
         wrapper.in_atomic_block = self._in_block
         while self in wrapper._leaving:
             wrapper._leaving.remove(self)
@@ -183,10 +203,10 @@ class Leaving(Section):
     def _whole(self) -> bool:
         """Whether Django's exit has come to its end, whatever it has raised."""
         wrapper = self._wrapper
-        if len(wrapper.atomic_blocks) > len(self._blocks):
+        if len(wrapper.atomic_blocks) > self._blocks:
             return False
         if not self._outermost:
-            left = len(wrapper.savepoint_ids) == len(self._savepoints)
+            left = len(wrapper.savepoint_ids) == self._savepoints
             return left and isinstance(self.raised, Error)
         if wrapper.in_atomic_block:
             return False
@@ -202,12 +222,14 @@ class Leaving(Section):
 
     def _mend(self) -> None:
         wrapper = self._wrapper
+        if self.hooks is not None:
+            self.hooks.running = False  # torn where it was to be noted
         # Locks whose ``with`` was torn. The connection is this thread's: nobody else has them.
         if wrapper._thread_sharing_lock.locked():
             wrapper._thread_sharing_lock = Lock()
         if wrapper.connection is not None and wrapper.connection.lock.locked():
             wrapper.connection.lock = Lock()
-        del wrapper.atomic_blocks[len(self._blocks) :]
+        del wrapper.atomic_blocks[self._blocks :]
         if not self._outermost:
             self._mend_inner()
             return
@@ -232,7 +254,7 @@ class Leaving(Section):
 
     def _mend_inner(self) -> None:
         wrapper = self._wrapper
-        del wrapper.savepoint_ids[len(self._savepoints) :]
+        del wrapper.savepoint_ids[self._savepoints :]
         wrapper.in_atomic_block = self._in_block
         # Nobody knows how much of it the savepoint has undone.
         wrapper.needs_rollback = self._in_block
@@ -344,31 +366,21 @@ def leave(
     begun: list[Leaving | None] = []
     try:
         try:
-            _leave(atomic, begun, exc_type, exc, tb)
+            wrapper: Any = get_connection(atomic.using)
+            if not hasattr(wrapper, "_leaving"):
+                begun.append(None)
+                DJANGOS_EXIT(atomic, exc_type, exc, tb)
+                return
+            leaving = Leaving(atomic, wrapper, exc_type, exc, tb)
+            begun.append(leaving)
+            see_through(leaving)
+            leaving.finish()
         except BaseException as torn:
             _see_left(atomic, begun, torn)
             raise
     except BaseException as torn:  # between two lines of it
         _see_left(atomic, begun, torn)
         raise
-
-
-def _leave(
-    atomic: Atomic,
-    begun: list[Leaving | None],
-    exc_type: type[BaseException] | None,
-    exc: BaseException | None,
-    tb: TracebackType | None,
-) -> None:
-    wrapper: Any = get_connection(atomic.using)
-    if not hasattr(wrapper, "_leaving"):
-        begun.append(None)
-        DJANGOS_EXIT(atomic, exc_type, exc, tb)
-        return
-    leaving = Leaving(atomic, wrapper, exc_type, exc, tb)
-    begun.append(leaving)
-    see_through(leaving)
-    leaving.finish()
 
 
 def _see_left(atomic: Atomic, begun: list[Leaving | None], torn: BaseException) -> None:

@@ -14,7 +14,7 @@ from .._connection._connecting import check_timeout
 from .._connection._sync_cursor import SyncRider
 from .._outcome import COMMITTED
 from .._sync_section import see_through
-from ._atomic import Hooks, Leaving, install
+from ._atomic import Hooks, Leaving, Running, install
 
 __all__ = ["DatabaseWrapper"]
 
@@ -75,18 +75,15 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             options["pool"] = {"connection_class": Connection, **given}
         return super().pool
 
-    def _commit(self) -> None:
-        super()._commit()
-        if self.connection is not None and self.connection.closed:
-            # Lost, and the server was asked: it is committed. Django connects again.
-            self._close()
-            self.connection = None
-
     def commit(self) -> None:
         """Commit. What has been committed is known to be, whatever interrupts."""
         unit = getattr(self.connection, "_unit", None)
         try:
             super().commit()
+            if self.connection is not None and self.connection.closed:
+                # Lost, and the server was asked: it is committed. Django connects again.
+                self._close()
+                self.connection = None
         except BaseException:
             if unit is not None and unit.state is COMMITTED:
                 self.errors_occurred = False
@@ -109,16 +106,20 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         self.validate_no_atomic_block()
         leaving = self._leaving[-1] if self._leaving else None
         hooks = leaving.hooks if leaving is not None else None
-        if hooks is None or hooks.running:  # in a callback: of a transaction managed by hand
-            nested = hooks is not None
+        nested = hooks is not None and hooks.running  # in a callback
+        if hooks is None or nested:
             hooks = Hooks(self, self.run_on_commit)
             if leaving is not None and not nested:
                 leaving.hooks = hooks
         self._kept = []
         if hooks.over:
             return
-        torn = see_through(hooks)
-        raised = torn or hooks.raised or hooks.signalled
+        if leaving is not None and not nested:
+            hooks.run()  # in that section
+            raised = hooks.raised
+        else:
+            running = Running(hooks, self)
+            raised = see_through(running) or hooks.raised or running.signalled
         if raised is not None:
             raise raised
 
