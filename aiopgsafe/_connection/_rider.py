@@ -109,24 +109,21 @@ class RidingCursor(BaseCursor[Any, Row]):
         if conn._pipeline is not None or not (queued or found & WRITES):
             conn._streamed = conn._streamed and conn._pipeline is not None
             return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-        return self._riding_gen(found, pgq, prepare, binary)
-
-    def _riding_gen(
-        self, found: int, pgq: PostgresQuery, prepare: bool | None, binary: bool | None
-    ) -> PQGen[None]:
-        """A statement on which something may ride."""
-        conn: Any = self._conn
-        queued = conn._begin_waits is not None or conn._queue
         if queued and not (found & conn._rides and conn._may_ride()):
-            yield from conn._flush_gen()
-            queued = False
-        if found & NOTED:  # of the transaction that has begun now
+            return self._flushed_gen(pgq, prepare, binary)
+        if found & NOTED and queued:  # of the transaction that begins now
             conn._note(found)
         unit = conn._unnumbered() if found & WRITES else None
         if queued or unit is not None:
-            yield from self._together_gen(pgq, unit, prepare, binary)
-        else:
-            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return self._together_gen(pgq, unit, prepare, binary)
+        return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+
+    def _flushed_gen(
+        self, pgq: PostgresQuery, prepare: bool | None, binary: bool | None
+    ) -> PQGen[None]:
+        """A statement on which what waits can't ride: it goes before it."""
+        yield from self._conn._flush_gen()
+        yield from self._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
 
     def _together_gen(
         self, pgq: PostgresQuery, unit: Unit | None, prepare: bool | None, binary: bool | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from functools import partial
 from threading import get_ident
 from time import monotonic
@@ -248,11 +247,11 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
     def set_autocommit(self, value: bool) -> None:
         """Method version of the `autocommit` setter: psycopg's."""
         with self.lock:
-            gen = self._set_autocommit_gen(value)
-            if self._pipeline:
-                self.wait(gen)
+            idle = self.pgconn.transaction_status == IDLE and self._begin_waits is None
+            if idle and not self._pipeline:
+                self._autocommit = bool(value)
             else:
-                deque(gen, 0)  # it waits for nothing then, and only says whether it may
+                self.wait(self._set_autocommit_gen(value))  # which tells why not
 
     # Ending transactions
 

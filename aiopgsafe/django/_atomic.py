@@ -137,11 +137,10 @@ class Leaving(Section):
         self._handled = sys.exc_info()[1]  # around it
         self._outermost = not savepoints
         # As it is afterwards; how many are left of the others.
-        self._in_block = not self._outermost
-        self._blocks = max(len(blocks) - 1, 0) if wrapper.in_atomic_block else 0
-        self._savepoints = max(len(savepoints) - 1, 0)
-        if len(savepoints) == 1 and not wrapper.commit_on_exit:
-            self._in_block = False  # a transaction that the program manages itself
+        self._blocks = len(blocks) - 1 if wrapper.in_atomic_block else 0
+        self._savepoints = len(savepoints) - 1 if savepoints else 0
+        # The outermost may be in a transaction that the program manages itself.
+        self._in_block = self._savepoints > 0 or (bool(savepoints) and wrapper.commit_on_exit)
         self._unit = getattr(wrapper.connection, "_unit", None)
 
     def _step(self) -> None:

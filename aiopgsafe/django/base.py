@@ -70,9 +70,10 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
     def pool(self) -> Any:
         """Django's, of connections of ours."""
         options = self.settings_dict["OPTIONS"]
-        if options.get("pool"):
-            given = {} if options["pool"] is True else options["pool"]
-            options["pool"] = {"connection_class": Connection, **given}
+        if not options.get("pool"):  # asked for thrice a transaction
+            return None
+        given = {} if options["pool"] is True else options["pool"]
+        options["pool"] = {"connection_class": Connection, **given}
         return super().pool
 
     def commit(self) -> None:
