@@ -217,8 +217,9 @@ class Section:
             return
         try:
             self._locked = await acquire_shielded(self._session, self.shield)
-        except BaseException:
-            GATE.leave(self.shield)
+        except BaseException as exc:
+            if (signalled := GATE.leave(self.shield)) is not None:
+                raise signalled from exc  # `__aexit__()` is never called: nobody else would
             raise
 
     async def __aexit__(

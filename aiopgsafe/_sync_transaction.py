@@ -392,9 +392,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                 self._undo_on_server()
                 self._undone = True
         finally:
-            signalled = GATE.leave(shield)
-        if signalled is not None:
-            raise signalled
+            if (signalled := GATE.leave(shield)) is not None:
+                raise signalled
 
     def _undo_on_server(self) -> None:
         session: Any = self._session

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psycopg
@@ -22,7 +23,7 @@ from aiopgsafe._sync_ending import Ending
 from aiopgsafe._sync_section import Calls
 from aiopgsafe.django._atomic import Leaving
 from aiopgsafe.testing import FaultProxy
-from tests.tearing import Stop, Tear, handling, ignore_unraisable, see_calls
+from tests.tearing import Stop, Tear, TimeLimit, handling, ignore_unraisable, see_calls
 from tests.test_django import connect, ids, insert
 
 Admin = psycopg.Connection[Any]
@@ -407,3 +408,28 @@ def test_and_no_others(wrapper: Any, admin: Admin, monkeypatch: pytest.MonkeyPat
     transaction.rollback()
     transaction.set_autocommit(True)
     assert (ids(admin), called) == ([1], [1])
+
+
+def test_a_signal_while_an_interrupted_statement_is_cancelled_comes_out(
+    conn: Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = conn._come_to_rest
+
+    def limit(signum: int, frame: FrameType | None) -> None:
+        raise TimeLimit
+
+    def stopped_meanwhile() -> None:
+        send()
+        rest()
+
+    monkeypatch.setattr(conn, "_come_to_rest", stopped_meanwhile)
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with handling(Stop) as send:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(Stop) as caught:
+                conn.execute("select pg_sleep(60)")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert isinstance(caught.value.__context__, TimeLimit)
+    assert conn.execute("select 1").fetchone() == (1,)

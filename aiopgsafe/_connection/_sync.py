@@ -186,7 +186,10 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             raise
 
     def _stop_statement(self, gen: PQGen[Any], exc: BaseException) -> None:
-        """Leave nothing of a statement that `exc` interrupts, on the server or in libpq."""
+        """Leave nothing of a statement that `exc` interrupts, on the server or in libpq.
+
+        Raises what the handlers raise of signals that have come meanwhile.
+        """
         shield = Shield(NO_LOOP)
         GATE.enter(shield, at_once=True)
         try:
@@ -199,7 +202,8 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             elif name_of(gen) not in OF_COPY:  # Copy's own exit ends it: psycopg knows more
                 self._come_to_rest()
         finally:
-            GATE.leave(shield)
+            if (signalled := GATE.leave(shield)) is not None:
+                raise signalled
 
     @property
     def _busy(self) -> bool:
