@@ -382,6 +382,30 @@ async def test_a_cursor_is_closed_though_another_task_has_the_connection(conn: C
 
 
 @pytest.mark.anyio
+async def test_a_cancellation_is_not_lost_for_a_cursor_that_can_not_be_closed(
+    proxy: FaultProxy, anyio_backend: object
+) -> None:
+    conn = await AsyncConnection.connect(proxy.dsn)
+    cur = conn.cursor("named")
+    await cur.execute("select generate_series(1, 10)")
+    closing = proxy.inject(Freeze(), sends("CLOSE"))
+    scope = anyio.CancelScope()
+
+    async def leave() -> None:
+        with scope:
+            await cur.close()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(leave)
+        await closing.reached()
+        scope.cancel()
+        await anyio.lowlevel.checkpoint()
+        proxy.cut()
+    assert scope.cancelled_caught
+    assert conn.closed
+
+
+@pytest.mark.anyio
 async def test_the_options_of_a_service_are_kept(
     dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: object
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .._session import Session
 
 __all__ = ["AsyncCursor", "AsyncServerCursor"]
+
+logger = logging.getLogger("aiopgsafe")
 
 
 class AsyncCursor(RidingCursor[Row], psycopg.AsyncCursor[Row]):
@@ -117,6 +120,10 @@ class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
                 await run(conn, shield, self._close_gen())
         except Expired:
             conn._drop("no answer to CLOSE")
+        except psycopg.Error as exc:
+            if shield.held is None:
+                raise
+            logger.warning("error ignored closing %s: %s", self, exc)  # nor must it hide that
         finally:
             cast("Any", self)._close()
             if locked:
