@@ -13,7 +13,7 @@ import psycopg
 
 from . import _outcome
 from ._backends import Expired
-from ._errors import brief, mark_retry
+from ._errors import brief, foremost, mark_retry
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -240,7 +240,8 @@ class Section:
             signalled = GATE.leave(self.shield)
         if exc is not None:
             # Nothing has been ended. What was held back must not be lost for that.
-            if (held := signalled or self.shield.held) is not None and held is not exc:
+            held = foremost(signalled, self.shield.held)
+            if held is not None and held is not exc:
                 raise held from exc
             return
         if GATE.delivered and signalled is None:
@@ -249,7 +250,7 @@ class Section:
                 await self._backend.checkpoint()
             except loop.interruptions as interruption:
                 self.shield.hold_back(interruption)
-        held = signalled or self.shield.held
+        held = foremost(signalled, self.shield.held)
         if held is not None or self.error is not None or errors:
             let_through(self.what, self.outcome, held, self.error, errors, self.going_through)
 

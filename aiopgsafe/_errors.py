@@ -21,6 +21,8 @@ failure) stays what psycopg makes of it: `UniqueViolation`,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import psycopg
 from psycopg import errors
 
@@ -30,6 +32,8 @@ __all__ = [
     "ConnectionReleased",
     "Draining",
     "brief",
+    "chain_of",
+    "foremost",
     "mark_retry",
     "safe_to_retry",
 ]
@@ -86,6 +90,32 @@ def brief(exc: BaseException) -> str:
     """An error in one line of a log: libpq's texts have hints for people in further ones."""
     text = str(exc).strip()
     return text.splitlines()[0] if text else repr(exc)
+
+
+def foremost(*raised: BaseException | None) -> BaseException | None:
+    """Which of several exceptions goes on: one that stops its task or the program, before errors.
+
+    Of these the first. The others are its context, as if each had come in handling the next.
+    """
+    came = [exc for exc in raised if exc is not None]
+    if not came:
+        return None
+    first = next((exc for exc in came if not isinstance(exc, Exception)), came[0])
+    for other in came:
+        chain = [*chain_of(first)]
+        if other not in chain and first not in chain_of(other):
+            chain[-1].__context__ = other
+    return first
+
+
+def chain_of(exc: BaseException) -> Iterator[BaseException]:
+    """An exception and its contexts, each in the handling of which the one before it came."""
+    seen: set[int] = set()
+    before: BaseException | None = exc
+    while before is not None and id(before) not in seen:
+        seen.add(id(before))
+        yield before
+        before = before.__context__
 
 
 _SAFE = "_aiopgsafe_safe_to_retry"

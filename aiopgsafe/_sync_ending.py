@@ -24,6 +24,7 @@ from psycopg import errors, pq
 
 from . import _outcome
 from ._ending import let_through, no_answer_in_time
+from ._errors import foremost
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -187,7 +188,7 @@ class Ending(Section):
         sent = self._committing is not None and self._committing.sent
         if self._commit and not self._ended and not sent:
             # It never will be.
-            self._came = self._came or exc
+            self._came = foremost(self._came, exc)
             self._ended = not self._undo
             self._commit = False
 
@@ -218,7 +219,7 @@ class Ending(Section):
             if signalled is torn is self._came is self._error is None:
                 return  # as nearly always
             calls = Calls(())
-        held = self._came or torn or calls.stopping or signalled
+        held = foremost(self._came, torn, calls.stopping, signalled)
         if signalled is not None and isinstance(self._came, psycopg.Error):
             held, self._error = signalled, self._came
         errors, outcome = calls.errors, self._unit.state
@@ -371,6 +372,6 @@ def call_back(
     except BaseException as exc:  # between two of them
         torn = exc
         calls.call_all()
-    held = torn or calls.stopping
+    held = foremost(torn, calls.stopping)
     if held is not None or calls.errors:
         let_through(what, outcome, held, None, calls.errors, going_through)

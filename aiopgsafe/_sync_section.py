@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
+from ._errors import chain_of, foremost
 from ._shield import GATE, Expired, Shield
 
 __all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "came_through", "see_through"]
@@ -87,7 +88,7 @@ class Section(ABC):
 
     A subclass has `_step()`, which goes on from wherever it was torn.
 
-    :ivar tore: what has torn it first.
+    :ivar tore: what has torn it (see `foremost()`).
     """
 
     # What hardly any instance ever sets costs none of them anything.
@@ -117,7 +118,7 @@ class Section(ABC):
     def note(self, exc: BaseException) -> None:
         """`exc` came out of `go_on()`."""
         self.torn(exc)
-        self.tore = self.tore or exc
+        self.tore = foremost(self.tore, exc)
 
     @abstractmethod
     def torn(self, exc: BaseException) -> None:
@@ -185,15 +186,12 @@ class Calls:
 
 def came_through(exc: BaseException | None, *codes: CodeType) -> Iterator[FrameType]:
     """The frames of those functions that `exc` has come through, or what it was raised in."""
-    seen: set[int] = set()
-    while exc is not None and id(exc) not in seen:
-        seen.add(id(exc))
-        tb = exc.__traceback__
+    for before in chain_of(exc) if exc is not None else ():
+        tb = before.__traceback__
         while tb is not None:
             if tb.tb_frame.f_code in codes:
                 yield tb.tb_frame
             tb = tb.tb_next
-        exc = exc.__context__
 
 
 MAX_TEARS = 50
@@ -204,7 +202,7 @@ FRAMES = 200
 
 
 def see_through(section: Section) -> BaseException | None:
-    """Have it come to its end, however often it is torn; what tore it first.
+    """Have it come to its end, however often it is torn; what tore it.
 
     Raises that if it can't come to its end, when it has given up.
     """
@@ -232,8 +230,8 @@ def see_through(section: Section) -> BaseException | None:
         try:
             section.give_up()
         finally:
-            signalled = GATE.leave(section.shield)
-        raise signalled or tore
+            raised = foremost(GATE.leave(section.shield), tore)
+        raise raised or tore
     return tore
 
 

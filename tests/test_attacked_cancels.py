@@ -406,6 +406,43 @@ async def test_a_cancellation_is_not_lost_for_a_cursor_that_can_not_be_closed(
 
 
 @pytest.mark.anyio
+async def test_a_cancellation_goes_before_the_error_of_a_handler(
+    proxy: FaultProxy, anyio_backend: object
+) -> None:
+    def limit(signum: int, frame: object) -> None:
+        raise KeyError("a time limit")
+
+    conn = await AsyncConnection.connect(proxy.dsn, autocommit=True)
+    committing = proxy.inject(Freeze(), sends("COMMIT"))
+    scope = anyio.CancelScope()
+    raised: list[BaseException] = []
+
+    async def work() -> None:
+        with scope:
+            try:
+                async with conn.transaction():
+                    await conn.execute("select 1")
+            except BaseException as exc:
+                raised.append(exc)
+                raise
+
+    before = signal.signal(USR1, limit)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+            await committing.reached()
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+            kill()
+            committing.release()
+    finally:
+        signal.signal(USR1, before)
+    assert scope.cancelled_caught
+    assert isinstance(raised[0].__context__, KeyError)
+    await conn.close()
+
+
+@pytest.mark.anyio
 async def test_the_options_of_a_service_are_kept(
     dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: object
 ) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import psycopg
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db import transaction
+from django.db import IntegrityError, transaction
 
 import aiopgsafe
 from aiopgsafe import Connection, TransactionState
-from aiopgsafe._sync_ending import Ending
+from aiopgsafe._errors import chain_of, foremost
+from aiopgsafe._sync_ending import Ending, Exchange
 from aiopgsafe._sync_section import Calls
 from aiopgsafe.django._atomic import Leaving
 from aiopgsafe.testing import FaultProxy
@@ -433,3 +434,53 @@ def test_a_signal_while_an_interrupted_statement_is_cancelled_comes_out(
         signal.signal(signal.SIGALRM, before)
     assert isinstance(caught.value.__context__, TimeLimit)
     assert conn.execute("select 1").fetchone() == (1,)
+
+
+def raised_in_handling(exc: BaseException) -> list[type[BaseException]]:
+    return [type(before) for before in chain_of(exc)]
+
+
+def test_what_stops_the_program_goes_before_an_error(conn: Connection[Any], admin: Admin) -> None:
+    def handler(notify: psycopg.Notify) -> None:
+        send()
+        raise KeyError("of a handler")
+
+    conn.execute("listen c")
+    conn.add_notify_handler(handler)
+    with handling(Stop) as send, pytest.raises(Stop) as caught, conn.transaction():
+        conn.execute("insert into t values (1)")
+        conn.execute("notify c")
+    assert raised_in_handling(caught.value) == [Stop, KeyError]
+    assert caught.value.__notes__ == [COMMITTED]
+    assert ids(admin) == [1]
+
+
+def test_a_signal_is_not_lost_for_a_commit_of_djangos_that_fails(
+    wrapper: Any, admin: Admin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send_and_go_on(self: Exchange, *args: Any) -> None:
+        send()
+        go_on(self, *args)
+
+    admin.execute("alter table t add unique (i) deferrable initially deferred")
+    go_on = Exchange.go_on
+    with handling(Stop) as send, pytest.raises(Stop) as caught, transaction.atomic():
+        insert(1)
+        insert(1)
+        monkeypatch.setattr(Exchange, "go_on", send_and_go_on)
+    assert IntegrityError in raised_in_handling(caught.value)
+    monkeypatch.undo()
+    with transaction.atomic():
+        insert(2)
+    assert ids(admin) == [2]
+
+
+def test_of_several_exceptions_none_is_forgotten() -> None:
+    error, stop, late = KeyError(), Stop(), SystemExit()
+    stop.__context__ = before = ValueError()
+    first = foremost(None, error, stop, late)
+    assert first is stop
+    assert [*chain_of(stop)] == [stop, before, error, late]
+    assert foremost(late, stop) is late  # which is in handling of it already
+    assert [*chain_of(late)] == [late]
+    assert foremost(None, None) is None

@@ -25,6 +25,7 @@ import psycopg
 from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError, get_connection
 
+from .._errors import foremost
 from .._outcome import COMMITTED
 from .._sync_section import Calls, Section, came_through, see_through
 
@@ -159,7 +160,7 @@ class Leaving(Section):
         """It may be Django's own error, or a callback's: what is whole is not mended."""
         if not self._begun:
             self._given = type(exc), exc, exc.__traceback__  # no COMMIT begins any more
-        self.raised = self.raised or self._first(exc)
+        self.raised = foremost(self.raised, self._first(exc))
 
     def give_up(self) -> None:
         """The connection is closed, and this block is left."""
@@ -182,9 +183,12 @@ class Leaving(Section):
 
     def finish(self) -> None:
         """Raise what came out of it."""
-        raised = self.raised or (self.hooks.raised if self.hooks else None) or self.signalled
-        if raised is None:
+        hooks = self.hooks.raised if self.hooks is not None else None
+        signalled = self.signalled
+        if self.raised is hooks is signalled is None:
             return
+        raised = foremost(self.raised, hooks, signalled)
+        assert raised is not None
         if self._committed and raised is not self._given[1]:
             note = "aiopgsafe: the transaction is committed"
             if note not in getattr(raised, "__notes__", ()):

@@ -12,6 +12,7 @@ from django.db.backends.postgresql import base
 from .._connection import Connection
 from .._connection._connecting import check_timeout
 from .._connection._sync_cursor import SyncRider
+from .._errors import foremost
 from .._outcome import COMMITTED
 from .._sync_section import see_through
 from ._atomic import Hooks, Leaving, Running, install
@@ -120,7 +121,8 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             raised = hooks.raised
         else:
             running = Running(hooks, self)
-            raised = see_through(running) or hooks.raised or running.signalled
+            torn = see_through(running)
+            raised = foremost(torn, hooks.raised, running.signalled)
         if raised is not None:
             raise raised
 
