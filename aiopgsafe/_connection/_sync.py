@@ -31,6 +31,7 @@ from ._sync_cursor import Cursor
 from ._together import drain_gen, over_gen, rest_gen
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from psycopg.abc import AdaptContext, PQGen
@@ -48,7 +49,7 @@ OK = pq.ConnStatus.OK
 ACTIVE = pq.TransactionStatus.ACTIVE
 IDLE = pq.TransactionStatus.IDLE
 INTRANS = pq.TransactionStatus.INTRANS
-ONLY_COMMIT = [b"COMMIT"]
+ONLY_COMMIT = (b"COMMIT",)
 OF_COPY = ("copy_from", "copy_to", "copy_end")
 """Generators of a COPY that has begun."""
 
@@ -267,7 +268,7 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             except psycopg.Error as exc:
                 logger.warning("error ignored after the rollback of %s: %s", self, exc)
 
-    def _before_commit(self, unit: Unit, of_block: bool) -> list[bytes]:
+    def _before_commit(self, unit: Unit, of_block: bool) -> Sequence[bytes]:
         """What COMMIT is sent by; nothing if nothing was executed."""
         if self._only_commits(unit, of_block):
             self._clear_queue()  # RELEASE
