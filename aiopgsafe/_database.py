@@ -21,7 +21,7 @@ from ._blocks import Attempt, Block, ambient
 from ._connection import AsyncConnection
 from ._connection._connecting import check_timeout
 from ._connection._generators import isolation
-from ._draining import Drain, draining_on
+from ._draining import Drain, StopWatch, draining_on
 from ._listener import Hub, Subscription, check_channel, check_payload
 from ._pool import AsyncConnectionPool
 from ._pool._lease import Lease
@@ -418,6 +418,11 @@ class Database(Generic[Row]):
         else:
             self._drain.shorten(grace)
         await self._drain.wait()
+
+    def _stop_watch(self, grace: float) -> StopWatch:
+        """For a server that this is part of: see `fastapi.lifespan()`."""
+        backend = self.pool._check_usable()
+        return StopWatch(backend, self._stop_listening, self.drain, grace)
 
     def drain_on_signal(self, *signals: int, grace: float = 30.0) -> AbstractContextManager[None]:
         """Let the first of `signals` drain the database, during a ``with`` block.

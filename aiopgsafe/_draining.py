@@ -13,7 +13,7 @@ import anyio
 from ._backends import Backend, Background, Expired, Waiter
 from ._connection import AsyncConnection
 from ._pool import AsyncConnectionPool
-from ._signals import Arrival, ends_the_program, watching
+from ._signals import Arrival, ends_the_program, handled_here, watching
 
 
 class Drain:
@@ -174,3 +174,63 @@ class DrainWatch:
     async def _second(self, arrival: Arrival) -> None:
         arrival.hit()
         await self._drain(0.0)
+
+
+class StopWatch:
+    """Asked when a server is told to stop. The signal stays the server's, which lets requests end.
+
+    Some would never: a stream of notifications, a query on a server that doesn't answer. The
+    streams are ended at once; what runs when the grace is over is cancelled.
+
+    :param first: ends the streams.
+    :param drain: `Database.drain()`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        first: Callable[[], Awaitable[None]],
+        drain: Callable[[float], Awaitable[None]],
+        grace: float,
+    ) -> None:
+        self.backend = backend
+        self._first = first
+        self._drain = drain
+        self._grace = grace
+        self._until: float | None = None
+        self._job: Background[None] | None = None
+        self._left = False
+
+    def __call__(self, arrival: Arrival) -> bool:
+        if self._until is None:
+            self._until = monotonic() + self._grace
+            self.backend.run_sync_soon(self._begin)
+        return False
+
+    def _begin(self) -> None:
+        if not self._left:
+            self._job = self.backend.background(self._run)
+
+    async def _run(self) -> None:
+        await self._first()
+        waiter = self.backend.waiter()
+        waiter.limit(self._until or 0.0)
+        try:
+            await waiter.wait()
+        except Expired:
+            await self._drain(0.0)
+
+    def leave(self) -> float:
+        """The server has let all requests end. Seconds that are left for what else runs."""
+        self._left = True
+        if self._job is not None:
+            self._job.cancel()
+        return self._grace if self._until is None else max(self._until - monotonic(), 0.0)
+
+
+@contextmanager
+def stopping_on(signals: Sequence[int], watch: StopWatch) -> Iterator[None]:
+    """Let `watch` see the `signals` that are handled in this thread, during the block."""
+    here = [signum for signum in signals if handled_here(signum)]
+    with watching(here, watch.backend, watch):
+        yield

@@ -13,7 +13,7 @@ import psycopg
 
 from . import _outcome
 from ._backends import Expired
-from ._errors import brief, foremost, mark_retry
+from ._errors import brief, foremost, mark_outcome, mark_retry
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -306,6 +306,7 @@ def let_through(
     elif error is not None:
         raise error
     elif group is not None and going_through is None:
+        mark_outcome(group, outcome)
         raise group
 
 

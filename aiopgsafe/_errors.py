@@ -34,7 +34,9 @@ __all__ = [
     "brief",
     "chain_of",
     "foremost",
+    "mark_outcome",
     "mark_retry",
+    "outcome_of",
     "safe_to_retry",
 ]
 
@@ -128,6 +130,20 @@ def mark_retry(exc: BaseException, *, safe: bool) -> None:
         of it isn't known.
     """
     setattr(exc, _SAFE, safe)
+
+
+_OUTCOME = "_aiopgsafe_outcome"
+
+
+def mark_outcome(exc: BaseException, outcome: str) -> None:
+    """Note what became of the transaction whose callbacks have raised this."""
+    setattr(exc, _OUTCOME, outcome)
+
+
+def outcome_of(exc: BaseException) -> str | None:
+    """What became of the transaction whose callbacks have raised this; None: they haven't."""
+    outcome: str | None = getattr(exc, _OUTCOME, None)
+    return outcome
 
 
 _LOST = "_aiopgsafe_lost"

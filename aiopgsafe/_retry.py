@@ -113,8 +113,11 @@ async def retrying(retry: Retry, backend: Backend, what: str, attempt: Attempt[T
             if attempt.state is UNKNOWN and not retry.idempotent:
                 raise
             pause = retry.pause(number)
-            if number >= retry.attempts or pause >= backend.time_left():
+            late = pause >= backend.time_left()
+            if number >= retry.attempts or late:
                 retry.given_up += 1
+                if late:
+                    error.add_note("aiopgsafe: not run again: the pause would outlast the deadline")
                 if number > 1:
                     error.add_note(f"aiopgsafe: given up after {number} attempts")
                 raise

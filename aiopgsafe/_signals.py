@@ -150,6 +150,11 @@ def ends_the_program(signum: int) -> bool:
     )
 
 
+def handled_here(signum: int) -> bool:
+    """Whether a handler of Python's can stand before that of the program, in this thread."""
+    return current_thread() is main_thread() and signal.getsignal(signum) is not None
+
+
 _HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}
 
 
@@ -168,7 +173,7 @@ def watching(
     Raises RuntimeError outside of the main thread, where Python handles no signals,
     and for a handler that can't be stood before; ValueError for what is no signal.
     """
-    if current_thread() is not main_thread():
+    if signals and current_thread() is not main_thread():
         raise RuntimeError("signals are handled in the main thread only: this is another one")
     with ExitStack() as stack:
         for signum in dict.fromkeys(map(signal.Signals, signals)):

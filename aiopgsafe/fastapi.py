@@ -15,19 +15,25 @@ The last one's COMMIT comes before its response: who is answered 2xx is committe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from math import inf
+from signal import SIGINT, SIGTERM
 from typing import Annotated, Any, TypeAlias, cast
 
 import anyio
+import psycopg
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
+from psycopg import errors
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import AsyncConnection, CommitUnknown, Database, Draining, Transaction
+from . import AsyncConnection, CommitUnknown, Database, Draining, Transaction, safe_to_retry
+from ._draining import stopping_on
+from ._errors import brief, outcome_of
 
 __all__ = [
     "CurrentConnection",
@@ -39,6 +45,8 @@ __all__ = [
     "lifespan",
 ]
 
+logger = logging.getLogger("aiopgsafe")
+
 DATABASE = "aiopgsafe"
 """In the state of the application."""
 
@@ -48,8 +56,9 @@ def lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
     """For ``FastAPI(lifespan=...)``: open the database, and drain and close it at the end.
 
-    A server (uvicorn, hypercorn) that is told to stop lets the requests end first; what is
-    left then, background tasks, streams, has `grace` seconds.
+    A server (uvicorn, hypercorn) that is told to stop, by SIGTERM or SIGINT, lets the requests
+    end first. Streams of notifications (`Database.listen()`) end at once then; whatever else
+    runs has `grace` seconds, requests and background tasks, and is cancelled after them.
 
     :param grace: seconds, as in `Database.drain()`.
     :param wait: whether an application whose database can't be reached does not start.
@@ -62,12 +71,14 @@ def lifespan(
     @asynccontextmanager
     async def span(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await db.open(wait)
+        watch = db._stop_watch(grace)
         try:
             setattr(app.state, DATABASE, db)
-            yield {DATABASE: db}
+            with stopping_on((SIGTERM, SIGINT), watch):
+                yield {DATABASE: db}
         finally:
             with anyio.CancelScope(shield=True):
-                await db.drain(grace)
+                await db.drain(watch.leave())
 
     return span
 
@@ -77,11 +88,16 @@ def current_database(connection: HTTPConnection) -> Database[Any]:
 
     Also of one that it is mounted in. Raises `RuntimeError` if there is no `lifespan()` of ours.
     """
-    db = connection.scope.get("state", {}).get(DATABASE)
-    db = getattr(connection.app.state, DATABASE, None) if db is None else db
+    db = _find_database(connection)
     if db is None:
         raise RuntimeError("no database: FastAPI(lifespan=aiopgsafe.fastapi.lifespan(db))")
-    return cast("Database[Any]", db)
+    return db
+
+
+def _find_database(connection: HTTPConnection) -> Database[Any] | None:
+    db = connection.scope.get("state", {}).get(DATABASE)
+    db = getattr(connection.app.state, DATABASE, None) if db is None else db
+    return cast("Database[Any] | None", db)
 
 
 CurrentDatabase: TypeAlias = Annotated[Database[Any], Depends(current_database)]
@@ -231,28 +247,63 @@ RETRY_AFTER = 1
 def add_exception_handlers(app: FastAPI) -> None:
     """Answer what the database raises.
 
-    503 with Retry-After: no connection was free in time (`PoolTimeout`, `TooManyRequests`),
-    or the application stops (`Draining`, `PoolClosed`). Nothing of that transaction was
-    executed: a function that has committed another one before must answer for itself.
+    503 with Retry-After: no connection was free in time (`PoolTimeout`, `TooManyRequests`);
+    the application stops (`Draining`, `PoolClosed`, a statement that was cancelled for it); the
+    transaction is rolled back and may be run again (`safe_to_retry()`). Nothing of that
+    transaction is done: a function that has committed another one before must answer for itself.
 
-    500, saying "unknown": `CommitUnknown`. A client must not repeat what isn't idempotent.
+    500 with an "outcome": "unknown" for `CommitUnknown`, a client must not repeat what isn't
+    idempotent; "committed" where callbacks of a transaction that is have failed.
     """
-    for error in (PoolTimeout, TooManyRequests, PoolClosed, Draining):
-        app.add_exception_handler(error, _unavailable)
-    app.add_exception_handler(CommitUnknown, _unknown)
+    for error in (PoolTimeout, TooManyRequests, PoolClosed, Draining, psycopg.OperationalError):
+        app.add_exception_handler(error, _over_http(_unavailable))
+    app.add_exception_handler(CommitUnknown, _over_http(_unknown))
+    app.add_exception_handler(ExceptionGroup, _over_http(_callbacks_failed))
+
+
+Answer: TypeAlias = Callable[[Request, Exception], Awaitable[JSONResponse]]
+
+
+def _over_http(answer: Answer) -> Answer:
+    """Not over a websocket, where there is no such answer: the server closes it."""
+
+    async def over_http(request: Request, exc: Exception) -> JSONResponse:
+        if request.scope["type"] != "http":
+            raise exc
+        return await answer(request, exc)
+
+    return over_http
 
 
 async def _unavailable(request: Request, exc: Exception) -> JSONResponse:
+    db = _find_database(request)
+    stops = isinstance(exc, errors.QueryCanceled) and db is not None and db.draining
+    if stops or isinstance(exc, (Draining, PoolClosed)):
+        detail = "The application stops."
+    elif isinstance(exc, (PoolTimeout, TooManyRequests)):
+        reached = db is None or db.available
+        detail = f"The database {'has no connection to spare' if reached else 'is out of reach'}."
+    elif safe_to_retry(exc):
+        detail = "It was undone by the database, and may be done again."
+    else:
+        raise exc
+    logger.warning("%s %s: %s", request.method, request.url.path, brief(exc))
     return JSONResponse(
-        {"detail": "The database has no connection to spare."},
-        status_code=503,
-        headers={"Retry-After": str(RETRY_AFTER)},
+        {"detail": detail}, status_code=503, headers={"Retry-After": str(RETRY_AFTER)}
     )
 
 
 async def _unknown(request: Request, exc: Exception) -> JSONResponse:
     detail = "The outcome is unknown: it may have been done. Ask before you repeat it."
     return JSONResponse({"detail": detail, "outcome": "unknown"}, status_code=500)
+
+
+async def _callbacks_failed(request: Request, exc: Exception) -> JSONResponse:
+    if outcome_of(exc) != "committed":
+        raise exc
+    logger.error("%s %s: %s", request.method, request.url.path, exc, exc_info=exc)
+    detail = "It has been done. Something that was to follow it has failed."
+    return JSONResponse({"detail": detail, "outcome": "committed"}, status_code=500)
 
 
 def health_router(*, live: str = "/livez", ready: str = "/readyz") -> APIRouter:

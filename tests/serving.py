@@ -22,9 +22,10 @@ class Service:
 
     :param kind: one of `SERVERS`.
     :param app: ``module:name``; it has a route ``/readyz``.
+    :param graceful: seconds after which it stops to wait for its requests; None: it doesn't.
     """
 
-    def __init__(self, kind: str, app: str, **environment: str) -> None:
+    def __init__(self, kind: str, app: str, graceful: int | None = 5, **environment: str) -> None:
         self.log = TemporaryFile("w+")  # noqa: SIM115
         # It inherits the socket: a port that is only known to be free may be taken by another
         # test's program before it binds to it.
@@ -33,10 +34,12 @@ class Service:
             fd = listening.fileno()
             if kind == "hypercorn-trio":
                 command = ["hypercorn", "-k", "trio", "-b", f"fd://{fd}", app]
-                command += ["--graceful-timeout", "5"]
+                command += ["--graceful-timeout", str(graceful or 1000)]
             else:
                 command = ["uvicorn", "--fd", str(fd), "--loop", kind.partition("-")[2]]
-                command += ["--no-access-log", "--timeout-graceful-shutdown", "5", app]
+                command += ["--no-access-log", app]
+                if graceful is not None:
+                    command += ["--timeout-graceful-shutdown", str(graceful)]
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},

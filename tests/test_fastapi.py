@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import threading
@@ -12,6 +13,7 @@ from time import monotonic
 from typing import Annotated, Any
 
 import anyio
+import anyio.lowlevel
 import httpx2 as httpx
 import psycopg
 import pytest
@@ -19,7 +21,7 @@ from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
 from fastapi.testclient import TestClient
 from psycopg_pool import PoolTimeout
 
-from aiopgsafe import CommitUnknown, Database, Draining
+from aiopgsafe import CommitUnknown, Database, Draining, TransactionState
 from aiopgsafe.fastapi import (
     CurrentConnection,
     CurrentDatabase,
@@ -31,6 +33,7 @@ from aiopgsafe.fastapi import (
 )
 from tests.conftest import Figures
 from tests.serving import SERVERS, Service
+from tests.test_cancel_on_signal import program_handler
 
 Admin = psycopg.Connection[Any]
 
@@ -142,6 +145,55 @@ async def test_what_the_database_raises_is_answered(app: FastAPI) -> None:
         assert response.status_code == 500
         assert response.json()["outcome"] == "unknown"
         assert "fail" not in response.text
+
+
+@pytest.mark.anyio
+async def test_who_may_ask_again_is_told_so(app: FastAPI, admin: Admin) -> None:
+    @app.post("/lost")
+    async def lose(tx: CurrentTransaction) -> None:
+        await tx.execute("insert into t values (1)")
+        await tx.execute("select pg_terminate_backend(pg_backend_pid())")
+
+    @app.post("/outside")
+    async def outside(db: CurrentDatabase) -> None:
+        await db.execute("select pg_terminate_backend(pg_backend_pid())")
+
+    @app.post("/cancelled")
+    async def cancelled(tx: CurrentTransaction) -> None:
+        await tx.execute("select pg_cancel_backend(pg_backend_pid()), pg_sleep(60)")
+
+    async with client_of(app) as client:
+        response = await client.post("/lost")
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert "undone" in response.json()["detail"]
+        # Nobody knows what the statement has done; nor is each cancellation the application's end.
+        assert (await client.post("/outside")).status_code == 500
+        assert (await client.post("/cancelled")).status_code == 500
+    assert ids(admin) == []
+
+
+@pytest.mark.anyio
+async def test_what_is_done_though_its_callback_failed_is_said_to_be(
+    app: FastAPI, admin: Admin
+) -> None:
+    def fail() -> None:
+        raise KeyError("a callback's")
+
+    @app.post("/committed")
+    async def add(tx: CurrentTransaction) -> None:
+        await tx.execute("insert into t values (1)")
+        tx.on_commit(fail)
+
+    @app.post("/own")
+    async def group() -> None:
+        raise ExceptionGroup("the program's own", [KeyError()])
+
+    async with client_of(app) as client:
+        response = await client.post("/committed")
+        assert (response.status_code, response.json()["outcome"]) == (500, "committed")
+        response = await client.post("/own")
+        assert (response.status_code, response.text) == (500, "Internal Server Error")
+    assert ids(admin) == [1]
 
 
 @pytest.mark.anyio
@@ -366,6 +418,55 @@ async def test_an_error_of_the_servers_is_the_applications_to_hear() -> None:
         await cancel_on_disconnect(handler)(server.scope, broken, server.send)
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_server_that_is_told_to_stop_has_its_streams_ended_and_its_requests_after_the_grace(
+    dsn: str, signum: int
+) -> None:
+    db = Database(dsn)
+    app = FastAPI()
+    ended: list[str] = []
+
+    async def listen() -> None:
+        async with db.listen("c") as subscription:
+            listening.set()
+            async for _ in subscription:
+                pass
+        ended.append("stream")
+
+    async def ask() -> None:
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            await db.execute("select pg_sleep(60)")
+        ended.append("request")
+
+    with program_handler(signum) as called:
+        async with lifespan(db, grace=0.2)(app):
+            listening = anyio.Event()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(listen)
+                tasks.start_soon(ask)
+                await listening.wait()
+                os.kill(os.getpid(), signum)
+        assert called == [signum]
+        assert ended == ["stream", "request"]
+        assert db.pool.closed
+        assert getattr(signal.getsignal(signum), "__module__", "") == program_handler.__module__
+
+
+@pytest.mark.anyio
+async def test_what_ends_in_the_grace_is_let_end(dsn: str) -> None:
+    db = Database(dsn)
+    with program_handler(signal.SIGTERM) as called:
+        async with lifespan(db, grace=60)(FastAPI()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not called:
+                await anyio.lowlevel.checkpoint()
+            async with db.transaction() as tx:  # of a request that was begun before
+                await tx.execute("select pg_sleep(0.1)")
+        assert tx.state is TransactionState.COMMITTED
+        assert db.pool.closed
+
+
 # Real servers
 
 
@@ -374,15 +475,31 @@ def middleware() -> bool:
     return False
 
 
+@pytest.fixture
+def environment() -> dict[str, str]:
+    return {}
+
+
+@pytest.fixture
+def graceful() -> int | None:
+    return 5
+
+
 @pytest.fixture(params=SERVERS)
 def service(
-    request: pytest.FixtureRequest, dsn: str, admin: Admin, middleware: bool
+    request: pytest.FixtureRequest,
+    dsn: str,
+    admin: Admin,
+    middleware: bool,
+    environment: dict[str, str],
+    graceful: int | None,
 ) -> Iterator[Service]:
     admin.execute("create table account (id int primary key, balance int)")
     admin.execute("insert into account select i, 1000 from generate_series(1, 10) i")
     admin.execute("create table transfer (id int primary key)")
     options = {"SERVICE_MIDDLEWARE": "1"} if middleware else {}
-    service = Service(request.param, "tests.programs.service:app", SERVICE_DSN=dsn, **options)
+    options.update(SERVICE_DSN=dsn, **environment)
+    service = Service(request.param, "tests.programs.service:app", graceful, **options)
     try:
         service.wait_until_ready()
         yield service
@@ -484,3 +601,48 @@ def test_sigterm_in_the_middle_loses_no_answer(
     committed = check_ledger(admin, answered)
     wait_for(admin, RUNNING, 0)
     figures(answered=len(answered), committed=committed, exit_s=round(took, 2))
+
+
+def begin(service: Service, path: str, answers: list[bytes]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: answers.append(service.request("GET", path)))
+    thread.start()
+    return thread
+
+
+LISTENS = "select count(*) from pg_stat_activity where query like 'LISTEN%'"
+
+
+# hypercorn's process that serves gets no signal; it has a timeout in any case.
+UVICORNS = [server for server in SERVERS if server.startswith("uvicorn")]
+
+
+@pytest.mark.parametrize("service", UVICORNS, indirect=True)
+@pytest.mark.parametrize("graceful", [None])
+def test_streams_of_notifications_do_not_keep_a_server_from_its_end(
+    service: Service, admin: Admin
+) -> None:
+    answers: list[bytes] = []
+    client = begin(service, "/events", answers)
+    wait_for(admin, LISTENS, 1, 10)
+    took = service.stop()
+    client.join()
+    assert service.process.returncode in (0, -signal.SIGTERM), service.said()
+    assert b"listening" in answers[0]
+    assert b"end" in answers[0]  # the generator's own
+    assert took < 5
+
+
+@pytest.mark.parametrize("service", UVICORNS, indirect=True)
+@pytest.mark.parametrize("graceful", [None])
+@pytest.mark.parametrize("environment", [{"SERVICE_GRACE": "0.5"}], ids=["grace"])
+def test_a_request_that_would_not_end_is_cancelled_after_the_grace(
+    service: Service, admin: Admin
+) -> None:
+    answers: list[bytes] = []
+    client = begin(service, "/sleep", answers)
+    wait_for(admin, RUNNING, 1, 10)
+    took = service.stop()
+    client.join()
+    assert answers[0].startswith(b"HTTP/1.1 503"), answers
+    assert b"stops" in answers[0]
+    assert 0.5 <= took < 5

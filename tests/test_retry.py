@@ -313,8 +313,11 @@ async def test_it_gives_up_after_so_many_attempts_or_at_the_deadline(db: Databas
     assert (retry.retries, retry.given_up) == (2, 1)
 
     slow = Retry(backoff=60, max_backoff=60)
-    with anyio.fail_after(30), pytest.raises(errors.SerializationFailure):
+    with anyio.fail_after(30), pytest.raises(errors.SerializationFailure) as caught:
         await db.atomic(retry=slow)(fail.__wrapped__)()  # type: ignore[attr-defined]
+    assert caught.value.__notes__ == [
+        "aiopgsafe: not run again: the pause would outlast the deadline"
+    ]
     assert (slow.retries, slow.given_up) == (0, 1)
 
 

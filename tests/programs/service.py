@@ -24,7 +24,7 @@ from aiopgsafe.fastapi import (
 )
 
 db = Database(os.environ["SERVICE_DSN"], min_size=1, max_size=10, timeout=10)
-app = FastAPI(lifespan=lifespan(db, grace=5))
+app = FastAPI(lifespan=lifespan(db, grace=float(os.environ.get("SERVICE_GRACE", "5"))))
 
 
 async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -52,6 +52,18 @@ async def transfer(
 @app.get("/sleep")
 async def sleep(conn: CurrentConnection) -> None:
     await conn.execute("select pg_sleep(60)")
+
+
+@app.get("/events")
+async def events(db: CurrentDatabase) -> StreamingResponse:
+    async def lines() -> object:
+        async with db.listen("events") as subscription:
+            yield "listening\n"
+            async for event in subscription:
+                yield f"{event}\n"
+        yield "end\n"
+
+    return StreamingResponse(lines(), media_type="text/plain")  # type: ignore[arg-type]
 
 
 @app.get("/later")
