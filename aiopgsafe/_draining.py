@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from signal import SIGINT, SIGTERM
 from time import monotonic
 from typing import Any
 
@@ -180,7 +181,8 @@ class StopWatch:
     """Asked when a server is told to stop. The signal stays the server's, which lets requests end.
 
     Some would never: a stream of notifications, a query on a server that doesn't answer. The
-    streams are ended at once; what runs when the grace is over is cancelled.
+    streams are ended at once; what runs when the grace is over is cancelled. It is asked during
+    a ``with`` block, in the main thread: in another one nobody is told by a signal.
 
     :param first: ends the streams.
     :param drain: `Database.drain()`.
@@ -193,27 +195,35 @@ class StopWatch:
         drain: Callable[[float], Awaitable[None]],
         grace: float,
     ) -> None:
-        self.backend = backend
+        self._backend = backend
         self._first = first
         self._drain = drain
         self._grace = grace
         self._until: float | None = None
         self._job: Background[None] | None = None
         self._left = False
+        self._watching = ExitStack()
+
+    def __enter__(self) -> None:
+        here = [signum for signum in (SIGTERM, SIGINT) if handled_here(signum)]
+        self._watching.enter_context(watching(here, self._backend, self))
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._watching.close()
 
     def __call__(self, arrival: Arrival) -> bool:
         if self._until is None:
             self._until = monotonic() + self._grace
-            self.backend.run_sync_soon(self._begin)
+            self._backend.run_sync_soon(self._begin)
         return False
 
     def _begin(self) -> None:
         if not self._left:
-            self._job = self.backend.background(self._run)
+            self._job = self._backend.background(self._run)
 
     async def _run(self) -> None:
         await self._first()
-        waiter = self.backend.waiter()
+        waiter = self._backend.waiter()
         waiter.limit(self._until or 0.0)
         try:
             await waiter.wait()
@@ -226,11 +236,3 @@ class StopWatch:
         if self._job is not None:
             self._job.cancel()
         return self._grace if self._until is None else max(self._until - monotonic(), 0.0)
-
-
-@contextmanager
-def stopping_on(signals: Sequence[int], watch: StopWatch) -> Iterator[None]:
-    """Let `watch` see the `signals` that are handled in this thread, during the block."""
-    here = [signum for signum in signals if handled_here(signum)]
-    with watching(here, watch.backend, watch):
-        yield

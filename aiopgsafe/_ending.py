@@ -13,7 +13,7 @@ import psycopg
 
 from . import _outcome
 from ._backends import Expired
-from ._errors import brief, foremost, mark_outcome, mark_retry
+from ._errors import brief, foremost, goes_on, mark_retry, rank
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -287,10 +287,17 @@ def let_through(
     :param errors: of callbacks.
     :param going_through: goes on by itself: nothing takes its place but what was held back.
     """
-    if isinstance(outcome, TransactionState):
-        outcome = outcome.value
-    note = f"aiopgsafe: the {what} is {outcome}"
-    group = BaseExceptionGroup(f"callbacks failed; {note}", errors) if errors else None
+    said = outcome.value if isinstance(outcome, TransactionState) else outcome
+    note = f"aiopgsafe: the {what} is {said}"
+    held = foremost(held, *(exc for exc in errors if rank(exc) == 0))  # stops the program
+    group = grouped(f"callbacks failed; {note}", outcome, errors)
+    if going_through is not None and rank(going_through) < 2:
+        if held is not None and goes_on(going_through, held):
+            logger.warning("held back, and %r goes on: %r", going_through, held)
+            held = None
+        if held is None and error is not None and goes_on(going_through, error):
+            logger.warning("%s (held back: %r)", error, going_through)
+            error = None
     leading = held or error or going_through
     if group is not None and leading is not None:
         logger.error("%s", group, exc_info=group)
@@ -306,8 +313,19 @@ def let_through(
     elif error is not None:
         raise error
     elif group is not None and going_through is None:
-        mark_outcome(group, outcome)
         raise group
+
+
+def grouped(
+    message: str, outcome: TransactionState | str, errors: list[BaseException]
+) -> BaseExceptionGroup[BaseException] | None:
+    """What callbacks have raised, with what became of their transaction: `outcome`."""
+    errors = [exc for exc in errors if rank(exc) > 0]
+    if not errors:
+        return None
+    group = BaseExceptionGroup(message, errors)
+    group.outcome = outcome  # type: ignore[attr-defined]
+    return group
 
 
 async def commit(session: Session, unit: Unit, gen: PQGen[bool], block: Any = None) -> None:

@@ -34,9 +34,9 @@ __all__ = [
     "brief",
     "chain_of",
     "foremost",
-    "mark_outcome",
+    "goes_on",
     "mark_retry",
-    "outcome_of",
+    "rank",
     "safe_to_retry",
 ]
 
@@ -95,19 +95,40 @@ def brief(exc: BaseException) -> str:
 
 
 def foremost(*raised: BaseException | None) -> BaseException | None:
-    """Which of several exceptions goes on: one that stops its task or the program, before errors.
+    """Which of several exceptions goes on: see `rank()`; of equals the first.
 
-    Of these the first. The others are its context, as if each had come in handling the next.
+    The others are its context, as if each had come in handling the next: none is forgotten.
     """
     came = [exc for exc in raised if exc is not None]
     if not came:
         return None
-    first = next((exc for exc in came if not isinstance(exc, Exception)), came[0])
+    first = min(came, key=rank)
     for other in came:
-        chain = [*chain_of(first)]
-        if other not in chain and first not in chain_of(other):
-            chain[-1].__context__ = other
+        *_, last = chain = [*chain_of(first)]
+        if other in chain:
+            continue
+        for exc in chain_of(other):  # no circle
+            if exc.__context__ is first:
+                exc.__context__ = None
+        last.__context__ = other
     return first
+
+
+def rank(exc: BaseException) -> int:
+    """What stops the program goes before what stops its task, and that before errors."""
+    if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+        return 0
+    return 2 if isinstance(exc, Exception) else 1
+
+
+def goes_on(going_through: BaseException | None, raised: BaseException) -> bool:
+    """Whether what goes through a block goes before what its end has `raised`, which must not be.
+
+    It is the other one's context then.
+    """
+    if going_through is None or raised is going_through:
+        return False
+    return foremost(raised, going_through) is going_through
 
 
 def chain_of(exc: BaseException) -> Iterator[BaseException]:
@@ -130,20 +151,6 @@ def mark_retry(exc: BaseException, *, safe: bool) -> None:
         of it isn't known.
     """
     setattr(exc, _SAFE, safe)
-
-
-_OUTCOME = "_aiopgsafe_outcome"
-
-
-def mark_outcome(exc: BaseException, outcome: str) -> None:
-    """Note what became of the transaction whose callbacks have raised this."""
-    setattr(exc, _OUTCOME, outcome)
-
-
-def outcome_of(exc: BaseException) -> str | None:
-    """What became of the transaction whose callbacks have raised this; None: they haven't."""
-    outcome: str | None = getattr(exc, _OUTCOME, None)
-    return outcome
 
 
 _LOST = "_aiopgsafe_lost"

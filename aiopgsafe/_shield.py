@@ -23,11 +23,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from _signal import getsignal  # type: ignore[import-not-found]  # see SignalGate
 from _signal import signal as set_handler
+from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import islice, starmap
 from math import inf
+from operator import call
 from threading import get_ident, main_thread
 from time import monotonic
 from types import FrameType
@@ -36,6 +39,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import anyio
 
 from ._calls import CALL, Call, running_call
+from ._errors import foremost, rank
 
 __all__ = ["GATE", "EventLoop", "Expired", "Handler", "Job", "Shield", "Waiting", "unhooked"]
 
@@ -127,7 +131,7 @@ class Shield:
 
     def __init__(self, loop: Waiting, *, grace: float | None = None) -> None:
         self.held: BaseException | None = None
-        """The first interruption that was held back. Whoever ends the section raises it."""
+        """The interruption that was held back. Whoever ends the section raises it."""
         self.insisted = False
         """Whether a signal was repeated by somebody who would not wait."""
         self.loop = loop
@@ -169,6 +173,7 @@ class Shield:
                 except self.loop.interruptions as exc:
                     if job.ended_with(exc):
                         raise
+                    self.hold_back(exc)
         raise AssertionError("the scope swallows nothing")
 
     def hold_back(self, exc: BaseException) -> None:
@@ -177,6 +182,8 @@ class Shield:
             self.held = exc
             if self._grace is not None:
                 self._limit(monotonic() + self._grace)
+        elif rank(exc) < rank(self.held):  # trio's Ctrl-C: a scope cancels again, it doesn't
+            self.held = foremost(self.held, exc)
 
     def insist(self, when: float) -> None:
         """Let all waiting end at `when`. Called by a signal handler, between any two bytecodes."""
@@ -227,9 +234,14 @@ class Hook:
         self.handler = handler
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self._gate.note(signum, self.handler):
+        if self._gate.note(signum, self.handler, frame):
             return
         self.handler(signum, frame)
+
+
+def system_does(signum: int, frame: FrameType | None) -> None:
+    """For a program that has no handler any more."""
+    os.kill(os.getpid(), signum)
 
 
 def unhooked(handler: Any) -> Any:
@@ -264,7 +276,7 @@ class SignalGate:
         self._staying: dict[int, Hook] = {}
         self._reset_due = False
         self._seen: list[Any] = []
-        self._pending: list[tuple[int, Handler]] = []
+        self._pending: list[tuple[Handler, int, FrameType | None]] = []
         self._first: dict[int, float] = {}
         self._insisted: dict[int, float] = {}
         self._waiting: list[Callable[[], object]] = []
@@ -347,10 +359,11 @@ class SignalGate:
             hook.handler = new
             if not callable(new):  # nothing to defer
                 set_handler(signum, new)
+        due = new if callable(new) else system_does
         self._pending = [
-            (signum, new if handler is old else handler)
-            for signum, handler in self._pending
-            if handler is not old or callable(new)
+            (due if handler is old else handler, signum, frame)
+            for handler, signum, frame in self._pending
+            if handler is not old or new != signal.SIG_IGN
         ]
 
     def when_open(self, wake: Callable[[], object]) -> None:
@@ -387,9 +400,7 @@ class SignalGate:
                 shields.discard(shield)
                 break
             except BaseException as exc:
-                if raised is not None and exc is not raised:
-                    exc.__context__ = raised
-                raised = exc
+                raised = foremost(raised, exc)
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for wake in waiting:
@@ -400,11 +411,11 @@ class SignalGate:
         self._first.clear()
         self._insisted.clear()
         while self._pending:
-            signum, handler = self._pending.pop(0)
             self.delivered = True
-            handler(signum, sys._getframe())
+            # Taken, and the handler entered, in one C call: nothing tears it in between.
+            deque(islice(starmap(call, iter(partial(self._pending.pop, 0), None)), 1), 0)
 
-    def note(self, signum: int, handler: Handler) -> bool:
+    def note(self, signum: int, handler: Handler, frame: FrameType | None) -> bool:
         """Called by a hook. False: nothing is to be waited for, the handler is to be called now."""
         # Without a section, or with all of them stranded in a loop that stands
         # still, there is nothing to wait for.
@@ -422,7 +433,7 @@ class SignalGate:
         elif now > self._insisted[signum] + INSIST_GRACE:
             # The loop has not even ended the waiting: something blocks it.
             return False
-        self._pending.append((signum, handler))
+        self._pending.append((handler, signum, frame))
         return True
 
     def after_fork(self) -> None:

@@ -214,6 +214,15 @@ class Ending(Section):
 
         :param torn: what `see_through()` returned.
         """
+        try:
+            self._finish(torn)
+        except BaseException as exc:
+            first = foremost(exc, self.signalled)  # this may be torn, too
+            if first is not None and first is not exc:
+                raise first from first.__cause__
+            raise
+
+    def _finish(self, torn: BaseException | None) -> None:
         signalled, calls = self.signalled, self._calls
         if calls is None:
             if signalled is torn is self._came is self._error is None:

@@ -14,6 +14,7 @@ from psycopg import pq
 from psycopg.rows import Row, RowFactory
 
 from ._base_block import STATUS, BaseBlock
+from ._errors import goes_on
 from ._outcome import ACTIVE, PENDING, ROLLED_BACK, UNKNOWN, TransactionState, ended_by_statement
 from ._shield import GATE, Shield
 from ._sync_ending import Ending, call_back
@@ -241,6 +242,8 @@ class SyncTransaction(BaseBlock[Row], psycopg.Transaction):
                 raise
         except BaseException as raised:
             self._exit_torn(raised)  # that was torn, too
+            if goes_on(exc, raised):
+                return False
             raise
 
     def _abandon(self) -> None:

@@ -19,7 +19,6 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from math import inf
-from signal import SIGINT, SIGTERM
 from typing import Annotated, Any, TypeAlias, cast
 
 import anyio
@@ -31,9 +30,15 @@ from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import AsyncConnection, CommitUnknown, Database, Draining, Transaction, safe_to_retry
-from ._draining import stopping_on
-from ._errors import brief, outcome_of
+from . import (
+    AsyncConnection,
+    CommitUnknown,
+    Database,
+    Draining,
+    Transaction,
+    TransactionState,
+    safe_to_retry,
+)
 
 __all__ = [
     "CurrentConnection",
@@ -74,7 +79,7 @@ def lifespan(
         watch = db._stop_watch(grace)
         try:
             setattr(app.state, DATABASE, db)
-            with stopping_on((SIGTERM, SIGINT), watch):
+            with watch:
                 yield {DATABASE: db}
         finally:
             with anyio.CancelScope(shield=True):
@@ -287,7 +292,7 @@ async def _unavailable(request: Request, exc: Exception) -> JSONResponse:
         detail = "It was undone by the database, and may be done again."
     else:
         raise exc
-    logger.warning("%s %s: %s", request.method, request.url.path, brief(exc))
+    logger.warning("%s %s: %s", request.method, request.url.path, str(exc).partition("\n")[0])
     return JSONResponse(
         {"detail": detail}, status_code=503, headers={"Retry-After": str(RETRY_AFTER)}
     )
@@ -299,7 +304,7 @@ async def _unknown(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def _callbacks_failed(request: Request, exc: Exception) -> JSONResponse:
-    if outcome_of(exc) != "committed":
+    if getattr(exc, "outcome", None) is not TransactionState.COMMITTED:
         raise exc
     logger.error("%s %s: %s", request.method, request.url.path, exc, exc_info=exc)
     detail = "It has been done. Something that was to follow it has failed."

@@ -25,7 +25,7 @@ from .. import _backends
 from .._backends import Expired, Waiter
 from .._backends._lock import Lock
 from .._ending import Section
-from .._errors import mark_lost
+from .._errors import goes_on, mark_lost
 from .._transaction import Transaction
 from ._connecting import add_option, attempts, check_timeout, connect_error
 from ._cursor import AsyncCursor, AsyncServerCursor
@@ -356,9 +356,12 @@ class AsyncConnection(Endings[Row]):
                 # Problems of a rollback must not hide the exception that goes through.
                 try:
                     await self.rollback()
-                except Exception as exc:
+                except (psycopg.Error, ExceptionGroup) as exc:
                     level = logging.DEBUG if self.closed else logging.WARNING
                     logger.log(level, "error ignored in rollback on %s: %s", self, exc)
+                except BaseException as raised:
+                    if not goes_on(exc_val, raised):
+                        raise
             else:
                 await self.commit()
         finally:

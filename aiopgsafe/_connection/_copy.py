@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from .._errors import goes_on
+
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from psycopg.abc import Buffer
 
 __all__ = ["AsyncCopy"]
@@ -17,6 +21,18 @@ class AsyncCopy(psycopg.AsyncCopy):
     """psycopg's."""
 
     __module__ = "aiopgsafe"
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        try:
+            await super().__aexit__(exc_type, exc_val, exc_tb)
+        except BaseException as raised:
+            if not goes_on(exc_val, raised):
+                raise
 
     async def __aiter__(self) -> AsyncIterator[Buffer]:
         """Iterate over the blocks of a COPY TO."""

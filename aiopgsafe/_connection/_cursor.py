@@ -14,6 +14,7 @@ from psycopg.rows import AsyncRowFactory, Row
 from .._backends import Expired
 from .._backends._lock import Lock
 from .._ending import acquire_shielded, run
+from .._errors import goes_on
 from .._shield import Shield
 from ._copy import AsyncCopy
 from ._query import CachingQuery
@@ -21,6 +22,8 @@ from ._rider import RidingCursor
 from ._statements import ENDS
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from psycopg._copy_async import AsyncWriter
     from psycopg.abc import Params, PQGen, Query
 
@@ -107,6 +110,21 @@ class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
         if conn._undoing:  # psycopg's closes nothing in a failed transaction
             yield from conn._flush_gen()
         yield from super()._close_gen()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        try:
+            await self.close()
+        except BaseException as raised:
+            if exc_val is None or not (
+                isinstance(raised, psycopg.Error) or goes_on(exc_val, raised)
+            ):
+                raise
+            logger.warning("error ignored closing %s: %r", self, raised)
 
     async def close(self) -> None:
         """Close the cursor and free its resources on the server. Shielded."""

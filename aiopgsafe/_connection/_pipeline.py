@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import psycopg
 
 from .._ending import acquire_shielded
+from .._errors import goes_on
 from .._shield import Shield
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ class Pipeline(psycopg.AsyncPipeline):
             if exc_val is None and shield.held is None:
                 raise exc.with_traceback(None) from exc.__cause__
             logger.warning("error ignored terminating %r: %s", self, exc)
+        except shield.loop.interruptions as exc:
+            shield.hold_back(exc)
         finally:
             self._exit(exc_val or shield.held)
             if self.level == 0:
                 conn._pipeline = None
             if acquired:
                 conn.lock.release()
-        if shield.held is not None:
+        if shield.held is not None and not goes_on(exc_val, shield.held):
             raise shield.held

@@ -83,6 +83,8 @@ class StatementStopping(Losing[Row]):
                 self._forget_interrupted()
         except Expired:
             self._drop(f"a cancelled statement did not end within {self.cancel_timeout:g} seconds")
+        if shield.held is not None and shield.held is not interruption:
+            raise shield.held
 
     async def _cancel_until_ended(self, shield: Shield, deadline: float) -> None:
         """Cancel on the server what the channel drives, again and again until it has ended."""

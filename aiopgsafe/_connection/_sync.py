@@ -14,7 +14,7 @@ from psycopg.abc import ConnParam
 from psycopg.rows import Row, RowFactory, tuple_row
 
 from .. import _backends
-from .._errors import mark_lost
+from .._errors import goes_on, mark_lost
 from .._outcome import COMMITTED, COMMITTING, UNKNOWN, TransactionState
 from .._resolver import Origin
 from .._shield import GATE, Shield
@@ -203,7 +203,8 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
             elif name_of(gen) not in OF_COPY:  # Copy's own exit ends it: psycopg knows more
                 self._come_to_rest()
         finally:
-            if (signalled := GATE.leave(shield)) is not None:
+            signalled = GATE.leave(shield)
+            if signalled is not None and not goes_on(exc, signalled):
                 raise signalled
 
     @property
@@ -233,6 +234,13 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         if self._pipeline is not None:
             self._pipeline = None
             self._come_to_rest()
+
+    def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        """psycopg's, which keeps no time limit of the program's to itself."""
+        try:
+            self.cancel_safe(timeout=timeout)
+        except psycopg.Error as exc:
+            logger.warning("query cancellation failed: %s", exc)
 
     def _take_rest(self, rest: PQGen[None], deadline: float) -> None:
         left = max(deadline - monotonic(), 0)
@@ -394,8 +402,20 @@ class Connection(EndingGenerators[Row], psycopg.Connection[Row]):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
+        if self.closed:
+            return
         try:
-            super().__exit__(exc_type, exc_val, exc_tb)
+            if exc_val is None:
+                self.commit()
+            else:
+                # Problems of a rollback must not hide the exception that goes through.
+                try:
+                    self.rollback()
+                except (psycopg.Error, ExceptionGroup) as exc:
+                    logger.warning("error ignored in rollback on %s: %s", self, exc)
+                except BaseException as raised:
+                    if not goes_on(exc_val, raised):
+                        raise
         finally:
             # Unlike psycopg also when COMMIT failed, or a signal came: nobody else will.
             if not self.closed and not getattr(self, "_pool", None):

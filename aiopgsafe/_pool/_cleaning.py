@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import psycopg
 from psycopg import pq
 
 from .._backends import Expired
@@ -15,6 +16,8 @@ from .._shield import Shield
 from ._options import Callback, check_idle
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from .._session import Session
 
 logger = logging.getLogger("aiopgsafe.pool")
@@ -44,7 +47,7 @@ async def _clean(
     conn: AsyncConnection[Any], session: Session, shield: Shield, reset: Callback | None
 ) -> None:
     if conn.closed:
-        await conn._settle_at_close()  # its callbacks
+        await _ended(conn._settle_at_close(), session, shield)  # its callbacks
         return
     status = conn.pgconn.transaction_status
     piped = conn._pipeline is not None or conn.pgconn.pipeline_status
@@ -54,10 +57,7 @@ async def _clean(
         return
     if conn._unit is not None or status in (Status.INTRANS, Status.INERROR):
         logger.warning("rolling back returned connection: %s", conn)
-        try:
-            await conn.rollback()
-        except session._backend.interruptions as exc:
-            shield.hold_back(exc)
+        await _ended(conn.rollback(), session, shield)
     conn._forget_blocks()
     if conn._told.listening and not conn.closed:
         try:
@@ -69,6 +69,20 @@ async def _clean(
         await shield.call(session._backend, partial(reset, conn), conn.commit_timeout)
         if not conn.closed:
             check_idle(conn, "reset", reset)
+
+
+async def _ended(ending: Awaitable[None], session: Session, shield: Shield) -> None:
+    """See a transaction's end through; what comes out of it that isn't its own is held back."""
+    try:
+        await ending
+    except psycopg.Error:
+        raise
+    except ExceptionGroup as exc:
+        logger.error("%s", exc, exc_info=exc)  # its callbacks': nobody is there who would hear
+    except session._backend.interruptions as exc:
+        shield.hold_back(exc)
+    except Exception as exc:  # of a signal's handler
+        shield.hold_back(exc)
 
 
 def is_standby(conn: AsyncConnection[Any]) -> bool:

@@ -25,7 +25,7 @@ import psycopg
 from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError, get_connection
 
-from .._errors import foremost
+from .._errors import foremost, goes_on
 from .._outcome import COMMITTED
 from .._sync_section import Calls, Section, came_through, see_through
 
@@ -184,11 +184,14 @@ class Leaving(Section):
     def finish(self) -> None:
         """Raise what came out of it."""
         hooks = self.hooks.raised if self.hooks is not None else None
-        signalled = self.signalled
-        if self.raised is hooks is signalled is None:
+        signalled, came = self.signalled, self.raised
+        if came is hooks is signalled is None:
             return
-        raised = foremost(self.raised, hooks, signalled)
-        assert raised is not None
+        # What came from elsewhere goes before errors of our own, and of the callbacks.
+        own = came is hooks or isinstance(came, (Error, psycopg.Error))
+        raised = foremost(None if own else came, signalled, came, hooks)
+        if raised is None or goes_on(self._given[1], raised):
+            return
         if self._committed and raised is not self._given[1]:
             note = "aiopgsafe: the transaction is committed"
             if note not in getattr(raised, "__notes__", ()):

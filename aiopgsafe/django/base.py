@@ -122,7 +122,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         else:
             running = Running(hooks, self)
             torn = see_through(running)
-            raised = foremost(torn, hooks.raised, running.signalled)
+            raised = foremost(torn, running.signalled, hooks.raised)
         if raised is not None:
             raise raised
 
