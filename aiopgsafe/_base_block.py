@@ -124,7 +124,8 @@ class BaseBlock(BaseTransaction[Any], Generic[Row]):
         other in the order of their registration, shielded from cancellation and
         signals, before the block is left; an async one has ``commit_timeout``
         seconds. One that raises doesn't keep the others from running: the errors
-        come out together as an ExceptionGroup. Those of a savepoint run with the
+        come out together as an ExceptionGroup, whose `outcome` is the transaction's
+        `TransactionState`. Those of a savepoint run with the
         outermost COMMIT, or never if it is rolled back.
 
         Raises `TypeError` if `fn` is not callable, `psycopg.ProgrammingError`
