@@ -115,10 +115,13 @@ def foremost(*raised: BaseException | None) -> BaseException | None:
 
 
 def rank(exc: BaseException) -> int:
-    """What stops the program goes before what stops its task, and that before errors."""
+    """What stops the program goes before what stops its task, and that before errors.
+
+    Who closes a generator hears of nothing but errors.
+    """
     if isinstance(exc, (SystemExit, KeyboardInterrupt)):
         return 0
-    return 2 if isinstance(exc, Exception) else 1
+    return 2 if isinstance(exc, (Exception, GeneratorExit)) else 1
 
 
 def goes_on(going_through: BaseException | None, raised: BaseException) -> bool:

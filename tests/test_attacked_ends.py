@@ -481,6 +481,8 @@ def test_of_several_exceptions_none_is_forgotten() -> None:
     first = foremost(None, error, stop, late)
     assert first is stop
     assert [*chain_of(stop)] == [stop, before, error, late]
-    assert foremost(late, stop) is late  # which is in handling of it already
-    assert [*chain_of(late)] == [late]
+    assert foremost(late, stop) is late  # which was behind it
+    assert [*chain_of(late)] == [late, stop, before, error]
+    closed = GeneratorExit()
+    assert foremost(error, closed) is error
     assert foremost(None, None) is None
