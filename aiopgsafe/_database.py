@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from inspect import iscoroutinefunction
@@ -419,10 +419,10 @@ class Database(Generic[Row]):
             self._drain.shorten(grace)
         await self._drain.wait()
 
-    def _stop_watch(self, grace: float) -> StopWatch:
+    def _stop_watch(self, grace: float, signals: Sequence[int]) -> StopWatch:
         """For a server that this is part of: see `fastapi.lifespan()`."""
         backend = self.pool._check_usable()
-        return StopWatch(backend, self._stop_listening, self.drain, grace)
+        return StopWatch(backend, self._stop_listening, self.drain, grace, signals)
 
     def drain_on_signal(self, *signals: int, grace: float = 30.0) -> AbstractContextManager[None]:
         """Let the first of `signals` drain the database, during a ``with`` block.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from signal import SIGINT, SIGTERM
 from time import monotonic
 from typing import Any
 
@@ -186,6 +185,7 @@ class StopWatch:
 
     :param first: ends the streams.
     :param drain: `Database.drain()`.
+    :param signals: that tell the server to stop.
     """
 
     def __init__(
@@ -194,7 +194,9 @@ class StopWatch:
         first: Callable[[], Awaitable[None]],
         drain: Callable[[float], Awaitable[None]],
         grace: float,
+        signals: Sequence[int],
     ) -> None:
+        self._signals = signals
         self._backend = backend
         self._first = first
         self._drain = drain
@@ -205,7 +207,7 @@ class StopWatch:
         self._watching = ExitStack()
 
     def __enter__(self) -> None:
-        here = [signum for signum in (SIGTERM, SIGINT) if handled_here(signum)]
+        here = [signum for signum in self._signals if handled_here(signum)]
         self._watching.enter_context(watching(here, self._backend, self))
 
     def __exit__(self, *exc_info: object) -> None:

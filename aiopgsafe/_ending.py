@@ -13,7 +13,7 @@ import psycopg
 
 from . import _outcome
 from ._backends import Expired
-from ._errors import brief, foremost, goes_on, mark_retry, rank
+from ._errors import brief, foremost, goes_on, let_out, mark_retry, rank
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -242,7 +242,8 @@ class Section:
             # Nothing has been ended. What was held back must not be lost for that.
             held = foremost(signalled, self.shield.held)
             if held is not None and held is not exc:
-                raise held from exc
+                held.__cause__ = exc
+                let_out(held)
             return
         if GATE.delivered and signalled is None:
             # The handler may have cancelled this task: here is where it belongs.
@@ -307,9 +308,9 @@ def let_through(
             held.add_note(note)
         if error is not None:
             logger.warning("%s (held back: %r)", error, held)
-            raise held from error
-        if held is not going_through:
-            raise held
+            held.__cause__ = error
+        if error is not None or held is not going_through:
+            let_out(held)
     elif error is not None:
         raise error
     elif group is not None and going_through is None:

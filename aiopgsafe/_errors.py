@@ -21,7 +21,9 @@ failure) stays what psycopg makes of it: `UniqueViolation`,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import psycopg
 from psycopg import errors
@@ -35,6 +37,7 @@ __all__ = [
     "chain_of",
     "foremost",
     "goes_on",
+    "let_out",
     "mark_retry",
     "rank",
     "safe_to_retry",
@@ -104,14 +107,33 @@ def foremost(*raised: BaseException | None) -> BaseException | None:
         return None
     first = min(came, key=rank)
     for other in came:
-        *_, last = chain = [*chain_of(first)]
-        if other in chain:
-            continue
-        for exc in chain_of(other):  # no circle
-            if exc.__context__ is first:
-                exc.__context__ = None
-        last.__context__ = other
+        put_behind(first, other)
     return first
+
+
+def put_behind(first: BaseException, other: BaseException) -> None:
+    """Put `other` at the end of the contexts of `first`, if it isn't among them."""
+    chain = {id(exc): exc for exc in chain_of(first)}
+    if id(other) in chain:
+        return
+    for exc in chain_of(other):  # no circle: both may have come in the handling of a third
+        if id(exc.__context__) in chain:
+            exc.__context__ = None
+    [*chain.values()][-1].__context__ = other
+
+
+def let_out(exc: BaseException) -> NoReturn:
+    """Raise it with all of its contexts.
+
+    A plain ``raise`` puts in their place what is handled around it, by a ``with`` for example.
+    """
+    if (handled := sys.exc_info()[1]) is not None:
+        put_behind(exc, handled)
+    context = exc.__context__
+    try:
+        raise exc
+    finally:
+        exc.__context__ = context
 
 
 def rank(exc: BaseException) -> int:

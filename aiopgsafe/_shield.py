@@ -413,7 +413,7 @@ class SignalGate:
         while self._pending:
             self.delivered = True
             # Taken, and the handler entered, in one C call: nothing tears it in between.
-            deque(islice(starmap(call, iter(partial(self._pending.pop, 0), None)), 1), 0)
+            deque(islice(starmap(call, iter(partial(self._pending.pop, 0), ())), 1), 0)
 
     def note(self, signum: int, handler: Handler, frame: FrameType | None) -> bool:
         """Called by a hook. False: nothing is to be waited for, the handler is to be called now."""

@@ -151,8 +151,13 @@ def ends_the_program(signum: int) -> bool:
 
 
 def handled_here(signum: int) -> bool:
-    """Whether a handler of Python's can stand before that of the program, in this thread."""
-    return current_thread() is main_thread() and signal.getsignal(signum) is not None
+    """Whether a handler of Python's can stand before that of the program, in this thread.
+
+    A signal that is ignored asks for nothing.
+    """
+    if current_thread() is not main_thread():
+        return False
+    return unhooked(signal.getsignal(signum)) not in (None, signal.SIG_IGN)
 
 
 _HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}

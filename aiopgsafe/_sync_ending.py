@@ -24,7 +24,7 @@ from psycopg import errors, pq
 
 from . import _outcome
 from ._ending import let_through, no_answer_in_time
-from ._errors import foremost
+from ._errors import foremost, let_out
 from ._outcome import (
     ACTIVE,
     COMMITTING,
@@ -219,7 +219,7 @@ class Ending(Section):
         except BaseException as exc:
             first = foremost(exc, self.signalled)  # this may be torn, too
             if first is not None and first is not exc:
-                raise first from first.__cause__
+                let_out(first)
             raise
 
     def _finish(self, torn: BaseException | None) -> None:
@@ -235,7 +235,7 @@ class Ending(Section):
         if held is None and self._error is None and not errors:
             return
         if held is not None and held is self._came and outcome in (ACTIVE, ROLLED_BACK):
-            raise held  # as it came: nothing was held back
+            let_out(held)  # as it came: nothing was held back
         error = None if self._error is held else self._error
         let_through("transaction", outcome, held, error, errors, self.going_through)
 

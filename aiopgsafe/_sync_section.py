@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from ._errors import chain_of, foremost
+from ._errors import chain_of, foremost, let_out
 from ._shield import GATE, Expired, Shield
 
 __all__ = ["NO_LOOP", "SLICE", "Calls", "Section", "Thinking", "came_through", "see_through"]
@@ -154,7 +154,10 @@ class Calls:
     def call_next(self) -> None:
         """Call one. Raises what it raises: see `note()`."""
         # Taken from the queue, entered, and noted when it has returned, in one C call.
+        number = len(self.called)
         self.called.extend(islice(map(call, iter(self.left.popleft, None)), 1))
+        if len(self.called) == number:
+            raise StopIteration  # of the function's own, which ends such a call
 
     def note(self, exc: BaseException) -> int:
         """Note what a function raised; its number. Raised again if it was no function's."""
@@ -231,7 +234,7 @@ def see_through(section: Section) -> BaseException | None:
             section.give_up()
         finally:
             raised = foremost(GATE.leave(section.shield), tore)
-        raise raised or tore
+        let_out(raised or tore)
     return tore
 
 

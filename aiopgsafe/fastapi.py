@@ -16,9 +16,10 @@ The last one's COMMIT comes before its response: who is answered 2xx is committe
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from math import inf
+from signal import SIGINT, SIGTERM
 from typing import Annotated, Any, TypeAlias, cast
 
 import anyio
@@ -57,16 +58,23 @@ DATABASE = "aiopgsafe"
 
 
 def lifespan(
-    db: Database[Any], *, grace: float = 30.0, wait: bool = True
+    db: Database[Any],
+    *,
+    grace: float = 30.0,
+    wait: bool = True,
+    signals: Sequence[int] = (SIGTERM, SIGINT),
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
     """For ``FastAPI(lifespan=...)``: open the database, and drain and close it at the end.
 
-    A server (uvicorn, hypercorn) that is told to stop, by SIGTERM or SIGINT, lets the requests
+    A server (uvicorn, hypercorn) that is told to stop, by one of `signals`, lets the requests
     end first. Streams of notifications (`Database.listen()`) end at once then; whatever else
     runs has `grace` seconds, requests and background tasks, and is cancelled after them.
 
     :param grace: seconds, as in `Database.drain()`.
     :param wait: whether an application whose database can't be reached does not start.
+    :param signals: as in `signal`, that end the application. Their handlers stay what they are;
+        a program that handles one and goes on leaves it out. In another thread than the main
+        one, and where they are ignored, nobody is told.
 
     Raises `ValueError` for a negative `grace`.
     """
@@ -76,7 +84,7 @@ def lifespan(
     @asynccontextmanager
     async def span(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await db.open(wait)
-        watch = db._stop_watch(grace)
+        watch = db._stop_watch(grace, signals)
         try:
             setattr(app.state, DATABASE, db)
             with watch:

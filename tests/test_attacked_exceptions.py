@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,43 @@ def test_the_first_of_two_signals_in_commit_may_be_the_greater(
     with sending(committing, *signums), pytest.raises(Stop) as caught, sync.transaction():
         sync.execute("insert into t values (1)")
     assert kinds(caught.value) == [Stop, TimeLimit]
+
+
+def test_contexts_are_no_circle_where_a_third_is_handled(
+    sync: Connection[Any], proxy: FaultProxy
+) -> None:
+    committing = proxy.inject(Freeze(), query("COMMIT"))
+    signums = signal.SIGTERM, signal.SIGUSR1
+    try:
+        raise LookupError
+    except LookupError:
+        with sending(committing, *signums), pytest.raises(Stop) as caught, sync.transaction():
+            sync.execute("insert into t values (1)")
+    seen: list[type[BaseException]] = []
+    exc: BaseException | None = caught.value
+    while exc is not None and len(seen) < 10:
+        seen.append(type(exc))
+        exc = exc.__context__
+    assert seen == [Stop, LookupError, TimeLimit]
+
+
+def test_a_callback_that_raises_stop_iteration_is_told_of(
+    sync: Connection[Any], wrapper: Any
+) -> None:
+    called: list[int] = []
+    with pytest.raises(ExceptionGroup) as caught, sync.transaction() as tx:
+        tx.on_commit(next, iter(()))
+        tx.on_commit(called.append, 1)
+        sync.execute("insert into t values (1)")
+    assert [type(exc) for exc in caught.value.exceptions] == [StopIteration]
+    assert called == [1]
+
+    with pytest.raises(StopIteration), transaction.atomic():
+        insert(2)
+        transaction.on_commit(partial(next, iter(())), robust=True)  # logged
+        transaction.on_commit(partial(next, iter(())))
+        transaction.on_commit(partial(called.append, 2))
+    assert called == [1]
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["block", "savepoint"])
@@ -213,6 +251,19 @@ def test_djangos_own_errors_hide_no_time_limit(wrapper: Any, proxy: FaultProxy) 
         insert(2)
         insert(2)
     assert IntegrityError in kinds(caught.value)
+
+    committing = proxy.inject(Freeze(), query("COMMIT"))
+    try:
+        raise LookupError
+    except LookupError:
+        with (
+            sending(committing, signal.SIGUSR1),
+            pytest.raises(TimeLimit) as caught,
+            transaction.atomic(),
+        ):
+            insert(3)
+            insert(3)
+    assert {IntegrityError, LookupError} < {*kinds(caught.value)}
 
 
 # Async
@@ -412,34 +463,42 @@ def test_a_deferred_signal_ends_a_program_that_has_no_handler(dsn: str, backend:
 
 
 CTRL_C = """
-import os, signal, sys
+import os, signal, sys, time
 from threading import Thread
 import trio
 from aiopgsafe import AsyncConnection
-from aiopgsafe.testing import Freeze, FaultProxy, cancel_request
+from aiopgsafe.testing import Freeze, FaultProxy, cancel_request, query
 
 async def main() -> None:
     with FaultProxy(sys.argv[1]) as proxy:
         conn = await AsyncConnection.connect(proxy.dsn)
-        cancelling = proxy.inject(Freeze(), cancel_request())
+        sent = query("commit") if sys.argv[2] == "commit" else cancel_request()
+        ending = proxy.inject(Freeze(), sent)
 
         def press() -> None:
-            cancelling.wait()
+            ending.wait()
+            while time.monotonic() < began + 0.3:
+                pass  # the scope has been cancelled
             os.kill(os.getpid(), signal.SIGINT)
-            cancelling.release()
+            ending.release()
 
+        began = time.monotonic()
         Thread(target=press).start()
+        await conn.execute("select 1")
         with trio.move_on_after(0.1):
-            await conn.execute("select pg_sleep(60)")
+            await conn.execute(sys.argv[2])
         await trio.sleep(20)
 
 trio.run(main)
 """
 
 
-def test_ctrl_c_on_trio_is_not_lost_while_a_statement_is_cancelled(dsn: str) -> None:
+@pytest.mark.parametrize("statement", ["select pg_sleep(60)", "commit"])
+def test_ctrl_c_on_trio_is_not_lost_while_a_cancelled_statement_is_ended(
+    dsn: str, statement: str
+) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", CTRL_C, dsn],
+        [sys.executable, "-c", CTRL_C, dsn, statement],
         timeout=15,
         check=False,
         capture_output=True,

@@ -454,6 +454,24 @@ async def test_a_server_that_is_told_to_stop_has_its_streams_ended_and_its_reque
 
 
 @pytest.mark.anyio
+async def test_a_signal_that_is_ignored_or_left_out_ends_nothing(dsn: str) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        db = Database(dsn)
+        with program_handler(signal.SIGTERM) as called:
+            async with lifespan(db, grace=0, signals=[signal.SIGINT])(FastAPI()):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not called:
+                    await anyio.lowlevel.checkpoint()
+                async with db.listen("c"):
+                    await db.execute("select 1")
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.anyio
 async def test_what_ends_in_the_grace_is_let_end(dsn: str) -> None:
     db = Database(dsn)
     with program_handler(signal.SIGTERM) as called:

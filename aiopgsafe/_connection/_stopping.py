@@ -60,6 +60,8 @@ class StatementStopping(Losing[Row]):
             # The user's own COMMIT: cancelling it could separate what the server
             # decides from what it says.
             await self._finish_ending(shield, interruption, cursor)
+            if shield.held is not None and shield.held is not interruption:
+                raise shield.held
             return
         name = name_of(gen)
         if not self._pipeline:

@@ -25,7 +25,7 @@ import psycopg
 from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError, get_connection
 
-from .._errors import foremost, goes_on
+from .._errors import foremost, goes_on, let_out
 from .._outcome import COMMITTED
 from .._sync_section import Calls, Section, came_through, see_through
 
@@ -196,7 +196,7 @@ class Leaving(Section):
             note = "aiopgsafe: the transaction is committed"
             if note not in getattr(raised, "__notes__", ()):
                 raised.add_note(note)
-        raise raised
+        let_out(raised)
 
     @property
     def _committed(self) -> bool:

@@ -12,7 +12,7 @@ from django.db.backends.postgresql import base
 from .._connection import Connection
 from .._connection._connecting import check_timeout
 from .._connection._sync_cursor import SyncRider
-from .._errors import foremost
+from .._errors import foremost, let_out
 from .._outcome import COMMITTED
 from .._sync_section import see_through
 from ._atomic import Hooks, Leaving, Running, install
@@ -124,7 +124,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             torn = see_through(running)
             raised = foremost(torn, running.signalled, hooks.raised)
         if raised is not None:
-            raise raised
+            let_out(raised)
 
 
 install()
