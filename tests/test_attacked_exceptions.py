@@ -489,6 +489,7 @@ async def main() -> None:
             await conn.execute(sys.argv[2])
         await trio.sleep(20)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 trio.run(main)
 """
 
