@@ -305,8 +305,11 @@ async def copy(conn: Conn) -> None:
 async def pipeline(conn: Conn) -> None:
     async with conn.pipeline():
         await conn.execute("select pg_sleep(60)")
+        at_the_end.append("pipeline")
         raise Stop("body")
 
+
+at_the_end: list[str] = []
 
 ENDS = {
     block: query("ROLLBACK"),
@@ -324,6 +327,7 @@ async def test_a_cancellation_at_the_end_does_not_replace_what_stops_the_program
     ending = proxy.inject(Freeze(), ENDS[work]) if work in ENDS else None
     raised: list[BaseException] = []
     scope = anyio.CancelScope()
+    at_the_end.clear()
 
     async def run() -> None:
         with scope:
@@ -337,7 +341,7 @@ async def test_a_cancellation_at_the_end_does_not_replace_what_stops_the_program
         if ending is not None:
             await ending.reached()
         else:
-            while not conn.lock.locked():
+            while not at_the_end:
                 await anyio.lowlevel.checkpoint()
         scope.cancel()
         await anyio.lowlevel.checkpoint()
