@@ -421,7 +421,7 @@ async def test_an_error_of_the_servers_is_the_applications_to_hear() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 async def test_a_server_that_is_told_to_stop_has_its_streams_ended_and_its_requests_after_the_grace(
-    dsn: str, signum: int
+    dsn: str, admin: Admin, signum: int
 ) -> None:
     db = Database(dsn)
     app = FastAPI()
@@ -446,6 +446,9 @@ async def test_a_server_that_is_told_to_stop_has_its_streams_ended_and_its_reque
                 tasks.start_soon(listen)
                 tasks.start_soon(ask)
                 await listening.wait()
+                with anyio.fail_after(10):
+                    while admin.execute(RUNNING).fetchone() != (1,):
+                        await anyio.lowlevel.checkpoint()
                 os.kill(os.getpid(), signum)
         assert called == [signum]
         assert ended == ["stream", "request"]
